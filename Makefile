@@ -1,0 +1,41 @@
+# Every target makes .venv when it is missing and installs with the exact versions of constraints.txt, torch first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench
+
+help: ## Say what the targets do.
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo ## Train one model on real handwritten digits over ten simulated devices.
+	$(BIN)/propolis simulate --task digits --out runs/demo --force
+
+test: $(VENV)/.dev ## Run the test suite.
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## Lint, types and layers.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev ## Run the benchmarks (minutes).
+	$(BIN)/propolis bench simulate
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, %s is %d.%d: make PYTHON=python3.11" % ("$(PYTHON)", *v))'
+	@echo "making $(VENV) (about a minute)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable '.[sim,dev]'
+	@touch $@ $(VENV)/.demo

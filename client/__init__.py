@@ -1,0 +1,1 @@
+"""The device's end: local training and the ready Flower ClientApp."""

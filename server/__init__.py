@@ -1,0 +1,1 @@
+"""The cloud aggregator's end: rounds, checkpoints and the ready Flower ServerApp."""
