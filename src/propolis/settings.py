@@ -1,0 +1,151 @@
+"""The one typed model of a run's settings: a TOML file first, then flags (or keyword arguments) over it.
+
+The field names are the TOML keys, the command line's flags (``batch_size`` is ``--batch-size``) and the keys of
+``[tool.flwr.app.config]``; a description is the flag's help text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from propolis.secure.errors import UsageError
+
+PROTECTIONS = ("none",)
+CODECS = ("float32",)
+
+StrategyName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox"]
+
+
+class Settings(BaseModel):
+    """What a federated run does. Frozen; every field has a default; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    task: str = Field("digits", description="Built-in task (digits, fashion-mnist) or MODULE:CLASS.")
+    data: str | None = Field(None, description="Folder with the task's data, where the task reads one.")
+    clients: int = Field(10, ge=1, description="Number of simulated devices.")
+    rounds: int = Field(30, ge=1, description="Number of federated rounds.")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the devices that train in a round.")
+    min_clients: int = Field(2, ge=1, description="Fewest devices a round may start with, and may end with.")
+    attempts: int = Field(3, ge=1, description="Times a round is tried before the run stops.")
+    round_deadline: float = Field(3600.0, gt=0, description="Seconds that each exchange of a round may take.")
+    partition: str = Field(
+        "dirichlet:0.5", description="iid, dirichlet:ALPHA, shards:CLASSES or natural (by the task's users)."
+    )
+    strategy: StrategyName = Field("fedavg", description="Aggregation strategy of Flower.")
+    server_lr: float | None = Field(
+        None, gt=0, description="Server learning rate of fedavgm, fedadam, fedyogi and fedadagrad."
+    )
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="Server momentum of fedavgm.")
+    proximal_mu: float = Field(0.01, ge=0, description="Weight of fedprox's proximal term.")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="Optimizer on the device.")
+    epochs: int = Field(5, ge=1, description="Passes over a device's data in a round.")
+    steps: int | None = Field(None, ge=1, description="Batches in a round; takes the place of --epochs.")
+    batch_size: int = Field(32, ge=1, description="Examples in a batch.")
+    lr: float = Field(0.1, gt=0, description="Learning rate on the device.")
+    lr_schedule: Literal["constant", "cosine", "exponential"] = Field(
+        "constant", description="How the learning rate moves over the rounds."
+    )
+    lr_decay: float = Field(0.99, gt=0, le=1, description="Factor per round of the exponential schedule.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of SGD on the device.")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty on the device.")
+    clip_norm: float | None = Field(None, gt=0, description="Largest L2 norm of a batch's gradient.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    evaluate_fraction: float = Field(
+        0.0, ge=0, le=1, description="Share of the devices that also evaluate each new global model."
+    )
+    holdout: float = Field(0.1, gt=0, lt=1, description="Share of its examples a device keeps for that evaluation.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a device is lost in a round.")
+    backend: Literal["local", "ray"] = Field("local", description="In this process, or Flower's engine on Ray.")
+    workers: int = Field(0, ge=0, description="Training processes of the local backend; 0 trains in this one.")
+    ray_cpus: float = Field(1.0, gt=0, description="CPUs that the ray backend reserves for each device that trains.")
+    protection: str = Field("none", description="How updates are protected: none.")
+    codec: str = Field("float32", description="How updates are encoded: float32.")
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _any_case(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("protection")
+    @classmethod
+    def _known_protection(cls, value: str) -> str:
+        return _one_of(value, PROTECTIONS)
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, value: str) -> str:
+        return _one_of(value, CODECS)
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Self:
+        if self.min_clients > self.clients:
+            raise ValueError(f"min_clients is {self.min_clients}, but there are only {self.clients} clients")
+        return self
+
+
+def load_settings(
+    config: Path | None = None, overrides: Mapping[str, Any] | None = None, base: Settings | None = None
+) -> Settings:
+    """Settings from a TOML file with overrides on top.
+
+    Args:
+        config: TOML file with a flat table of settings; ``batch-size`` and ``batch_size`` are the same key.
+        overrides: settings that win over the file's; a value of None means "not given".
+        base: settings that hold where neither says anything; the defaults when absent.
+
+    Raises:
+        UsageError: the file cannot be read or parsed, a key is unknown (the message names the nearest known
+            one), or a value is out of range.
+    """
+    values: dict[str, Any] = base.model_dump(exclude_unset=True) if base else {}
+    values.update(_read(config) if config else {})
+    values.update({key: value for key, value in _normalized(overrides or {}).items() if value is not None})
+    for key in values:
+        _require_known(key, source=str(config) if config else "settings")
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {config}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{config} is not valid TOML: {error}") from None
+    return _normalized(values)
+
+
+def _normalized(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _require_known(key: str, source: str) -> None:
+    if key in Settings.model_fields:
+        return
+    nearest = difflib.get_close_matches(key, Settings.model_fields, n=1, cutoff=0.0)[0]
+    raise UsageError(f"{source}: unknown key '{key}'; the nearest known one is '{nearest}'")
+
+
+def _one_of(value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"'{value}' is not available in this version; choose {' or '.join(known)}")
+    return value
+
+
+def _explain(detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if not detail["loc"]:
+        return message
+    return f"{detail['loc'][0]}: {message}, got {detail['input']!r}"
