@@ -1,0 +1,162 @@
+"""The ready ServerApp over a `Task`: it drives the strategy round by round, evaluates, checkpoints and resumes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from propolis.secure.errors import CancelledError, PropolisError, TooFewPeersError
+from propolis.server.checkpoint import RoundRecord, RunState, save_checkpoint
+from propolis.server.exchange import MeteredGrid
+from propolis.server.model import GlobalModel
+from propolis.server.round import Round, Trained
+from propolis.server.strategy import make_strategy, restore_strategy, strategy_state
+from propolis.settings import Settings
+from propolis.task import Examples, Task
+
+# The settings that travel to the devices with every train message, see `propolis.client.train.TrainConfig`.
+_TRAINING_KEYS = (
+    *("optimizer", "epochs", "steps", "batch_size", "momentum", "weight_decay", "clip_norm"),
+    *("lr", "lr_schedule", "lr_decay", "rounds", "seed"),
+)
+_NODE_POLL_S = 0.2
+
+
+class Observer(Protocol):
+    """Who wants to know how a run goes."""
+
+    def round_started(self, number: int, attempt: int) -> None:
+        """An attempt at a round begins."""
+
+    def round_finished(self, state: RunState) -> None:
+        """A round is done, and saved where a checkpoint was asked for."""
+
+
+def initial_model(settings: Settings, task: Task) -> GlobalModel:
+    """The global model before the first round; the same for the same seed."""
+    torch.manual_seed(settings.seed)
+    return GlobalModel.of(task.model())
+
+
+class FederatedRun:
+    """A whole run of a task's training over a grid.
+
+    Args:
+        settings: what to do.
+        task: the model and its evaluation.
+        test: the server's test set.
+        start: where to go on; the state before the first round when absent.
+        checkpoint: file that is replaced after each round.
+        cancelled: set by somebody else to end the run at the next exchange.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        task: Task,
+        test: Examples,
+        *,
+        device: torch.device,
+        start: RunState | None = None,
+        checkpoint: Path | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        self._settings, self._task, self._test = settings, task, test
+        self._checkpoint = checkpoint
+        self._observers: tuple[Observer, ...] = ()
+        self._cancelled = cancelled or threading.Event()
+        self._strategy = make_strategy(settings)
+        self.state = start or RunState(initial_model(settings, task), (), {})
+        restore_strategy(self._strategy, self.state.strategy)
+        self._evaluated = task.model().to(device)
+
+    def run(self, grid: Grid, *observers: Observer) -> RunState:
+        """Do the rounds that are left, tell the observers of each, and return the final state.
+
+        Raises:
+            TooFewPeersError: not enough devices, in every attempt at a round.
+            StorageError: the checkpoint could not be written.
+            CancelledError: the run was asked to stop.
+        """
+        self._observers = observers
+        metered = MeteredGrid(grid, self._cancelled)
+        for number in range(self.state.completed + 1, self._settings.rounds + 1):
+            self.state = self._round(metered, number)
+            if self._checkpoint is not None:
+                save_checkpoint(self._checkpoint, self.state)
+            for observer in observers:
+                observer.round_finished(self.state)
+        return self.state
+
+    def evaluate(self, model: GlobalModel) -> dict[str, float]:
+        """The task's metrics of `model` on the server's test set."""
+        self._evaluated.load_state_dict(model.record().to_torch_state_dict())
+        with torch.no_grad():
+            return self._task.evaluate(self._evaluated.eval(), self._test)
+
+    def _round(self, grid: MeteredGrid, number: int) -> RunState:
+        began = time.perf_counter()
+        uplink, downlink = grid.uplink_bytes, grid.downlink_bytes
+        trained, attempts, attempt_round = self._train(grid, number)
+        device_metrics = attempt_round.evaluate(trained.model) if self._settings.evaluate_fraction else {}
+        central = self.evaluate(trained.model)
+        metrics = {**trained.metrics, **central, **{f"device-{k}": v for k, v in device_metrics.items()}}
+        record = RoundRecord(
+            round=number,
+            accuracy=metrics.pop("accuracy", None),
+            loss=metrics.pop("loss", None),
+            uplink_bytes=grid.uplink_bytes - uplink,
+            downlink_bytes=grid.downlink_bytes - downlink,
+            survivors=trained.survivors,
+            dropped=trained.dropped,
+            seconds=time.perf_counter() - began,
+            attempts=attempts,
+            metrics=metrics,
+        )
+        history = (*self.state.history, record)
+        return RunState(trained.model, history, strategy_state(self._strategy))
+
+    def _train(self, grid: MeteredGrid, number: int) -> tuple[Trained, int, Round]:
+        """Train a round, trying again with another sample when too few devices survive."""
+        failure: PropolisError | None = None
+        for attempt in range(self._settings.attempts):
+            for observer in self._observers:
+                observer.round_started(number, attempt)
+            attempt_round = Round(
+                grid=grid,
+                strategy=self._strategy,
+                number=number,
+                attempt=attempt,
+                seed=self._settings.seed,
+                deadline=self._settings.round_deadline,
+                min_clients=self._settings.min_clients,
+                node_ids=self._wait_for_devices(grid),
+            )
+            try:
+                return attempt_round.train(self.state.model, self._train_config()), attempt + 1, attempt_round
+            except TooFewPeersError as error:
+                failure = error
+        raise TooFewPeersError(f"{failure} (tried {self._settings.attempts} times)")
+
+    def _wait_for_devices(self, grid: Grid) -> tuple[int, ...]:
+        deadline = time.monotonic() + self._settings.round_deadline
+        while len(node_ids := tuple(grid.get_node_ids())) < self._settings.min_clients:
+            if self._cancelled.is_set():
+                raise CancelledError("the run was asked to stop")
+            if time.monotonic() >= deadline:
+                raise TooFewPeersError(
+                    f"{len(node_ids)} devices connected within {self._settings.round_deadline:g} s, "
+                    f"{self._settings.min_clients} are needed"
+                )
+            time.sleep(_NODE_POLL_S)
+        return node_ids
+
+    def _train_config(self) -> ConfigRecord:
+        values = {key: getattr(self._settings, key) for key in _TRAINING_KEYS}
+        return ConfigRecord({k.replace("_", "-"): v for k, v in values.items() if v is not None})

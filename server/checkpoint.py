@@ -1,0 +1,147 @@
+"""A run's state after each round in one file, replaced atomically: a crash leaves the old one or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from propolis.secure.errors import StorageError, UsageError
+from propolis.server.model import GlobalModel
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One line of a run's history.
+
+    Attributes:
+        round: from 1.
+        accuracy: of the new global model on the server's test set; None where the task has none.
+        loss: likewise.
+        uplink_bytes: serialised messages received from devices in this round, retries included.
+        downlink_bytes: serialised messages sent to devices in this round, retries included.
+        survivors: devices whose update is in the model.
+        dropped: devices that were asked and are not.
+        seconds: wall time of the round with its evaluation.
+        attempts: times the round was tried.
+        metrics: whatever else the task and the devices reported (``train-loss``, ``device-accuracy``, ...).
+    """
+
+    round: int
+    accuracy: float | None
+    loss: float | None
+    uplink_bytes: int
+    downlink_bytes: int
+    survivors: int
+    dropped: int
+    seconds: float
+    attempts: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Everything that the next round depends on, besides the settings.
+
+    Attributes:
+        model: the global model after the last completed round.
+        history: one record per completed round.
+        strategy: the strategy's arrays, see `propolis.server.strategy.strategy_state`.
+    """
+
+    model: GlobalModel
+    history: tuple[RoundRecord, ...]
+    strategy: Mapping[str, np.ndarray]
+
+    @property
+    def completed(self) -> int:
+        """Number of rounds done."""
+        return len(self.history)
+
+
+def save_checkpoint(path: Path, state: RunState) -> None:
+    """Write `state` to `path`.
+
+    Raises:
+        StorageError: it could not be written; the previous checkpoint is whole.
+    """
+    tensors = {f"model/{name}": array for name, array in state.model.arrays.items()}
+    tensors.update({f"strategy/{name}": array for name, array in state.strategy.items()})
+    header = {"format": _FORMAT, "history": [asdict(record) for record in state.history]}
+    contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
+    write_atomically(path, save(contiguous, metadata={"propolis": json.dumps(header)}))
+
+
+def load_checkpoint(path: Path, template: GlobalModel) -> RunState:
+    """Read what `save_checkpoint` wrote.
+
+    Args:
+        path: the file.
+        template: the task's model; the checkpoint must be of one with the same names, shapes and types.
+
+    Raises:
+        UsageError: the file is missing, corrupt or of another model.
+    """
+    header, tensors = _read(path)
+    arrays = {name.removeprefix("model/"): a for name, a in tensors.items() if name.startswith("model/")}
+    _require_same_model(path, arrays, template)
+    ordered = {name: arrays[name] for name in template.arrays}
+    return RunState(
+        GlobalModel(ordered, template.trainable, template.frozen),
+        tuple(RoundRecord(**record) for record in header["history"]),
+        {name.removeprefix("strategy/"): a for name, a in tensors.items() if name.startswith("strategy/")},
+    )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, or leave it as it is.
+
+    Raises:
+        StorageError: the data could not be written.
+    """
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        previous = "; the previous one is whole" if path.exists() else ""
+        raise StorageError(f"cannot write {path}: {error.strerror}{previous}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if not path.is_file():
+        raise UsageError(f"no checkpoint at {path}: the run has not completed a round")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {})["propolis"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UsageError(f"{path} is not a whole checkpoint: {error}") from None
+    if header.get("format") != _FORMAT:
+        raise UsageError(f"{path} has format {header.get('format')}, this version reads {_FORMAT}")
+    return header, tensors
+
+
+def _require_same_model(path: Path, arrays: Mapping[str, np.ndarray], template: GlobalModel) -> None:
+    found = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    expected = {name: (array.shape, array.dtype) for name, array in template.arrays.items()}
+    if found != expected:
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise UsageError(f"{path} is a checkpoint of another model: {', '.join(differing[:3])} differ")

@@ -1,0 +1,149 @@
+"""One round of federated training: sample, send, receive, aggregate, apply."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from propolis.secure.errors import PropolisError, TooFewPeersError
+from propolis.server.exchange import Snapshot
+from propolis.server.flower import AppExitException
+from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY, GlobalModel, average, split_replies
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training exchange brought.
+
+    Attributes:
+        model: the new global model.
+        metrics: weighted means of the devices' training metrics.
+        survivors: devices whose update is in the model.
+        dropped: devices that were asked and are not.
+        failures: one line per dropped device that said why.
+    """
+
+    model: GlobalModel
+    metrics: dict[str, float]
+    survivors: int
+    dropped: int
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One attempt at one round.
+
+    Attributes:
+        grid: any Flower Grid.
+        strategy: any averaging strategy of Flower's Message API.
+        number: the round, from 1.
+        attempt: 0 for the first try; a retry samples anew.
+        seed: the run's; sampling depends on (seed, number, attempt) alone.
+        deadline: seconds that an exchange may take.
+        min_clients: fewest survivors that may be aggregated.
+        node_ids: the devices to sample from.
+    """
+
+    grid: Grid
+    strategy: Strategy
+    number: int
+    attempt: int
+    seed: int
+    deadline: float
+    min_clients: int
+    node_ids: tuple[int, ...]
+
+    def train(self, model: GlobalModel, config: ConfigRecord) -> Trained:
+        """Have a sample of the devices train `model`, and aggregate.
+
+        Raises:
+            TooFewPeersError: fewer than `min_clients` usable updates came; the strategy has seen none of them.
+        """
+        with self._seeded_sampling("train"):
+            messages = self.strategy.configure_train(
+                self.number, model.record(model.trainable), config, Snapshot(self.grid, self.node_ids)
+            )
+        outgoing = _with_whole_model(messages, model)
+        replies = self._exchange(outgoing)
+        faults = [_fault(reply, model) for reply in replies]
+        usable = [reply for reply, fault in zip(replies, faults, strict=True) if fault is None]
+        failures = tuple(fault for fault in faults if fault is not None)
+        if len(usable) < self.min_clients:
+            why = f"; the first one said: {failures[0]}" if failures else ""
+            raise TooFewPeersError(
+                f"round {self.number}: {len(usable)} of {len(outgoing)} devices sent a usable update, "
+                f"{self.min_clients} are needed{why}"
+            )
+        of_parameters, of_buffers = split_replies(usable, model)
+        try:
+            arrays, metrics = self.strategy.aggregate_train(self.number, of_parameters)
+        except AppExitException as error:
+            raise PropolisError(f"round {self.number}: the updates cannot be aggregated: {error}") from None
+        if arrays is None:
+            raise PropolisError(f"round {self.number}: {type(self.strategy).__name__} returned no model")
+        new_model = model.updated(arrays, average(of_buffers))
+        return Trained(new_model, _scalars(metrics), len(usable), len(outgoing) - len(usable), failures)
+
+    def evaluate(self, model: GlobalModel) -> dict[str, float]:
+        """Weighted means of the metrics of `model` on a sample of the devices; empty when none answered."""
+        with self._seeded_sampling("evaluate"):
+            messages = self.strategy.configure_evaluate(
+                self.number, model.record(model.trainable), ConfigRecord(), Snapshot(self.grid, self.node_ids)
+            )
+        replies = [reply for reply in self._exchange(_with_whole_model(messages, model)) if not reply.has_error()]
+        return _scalars(self.strategy.aggregate_evaluate(self.number, replies)) if replies else {}
+
+    def _exchange(self, messages: list[Message]) -> list[Message]:
+        """Replies in order of node id, so that sums do not depend on who was first."""
+        if not messages:
+            return []
+        replies = self.grid.send_and_receive(messages=messages, timeout=self.deadline)
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+    @contextmanager
+    def _seeded_sampling(self, exchange: str) -> Iterator[None]:
+        """Flower's strategies sample with the global generator: seed it for them, and put it back."""
+        state = random.getstate()
+        random.seed(f"{exchange}/{self.seed}/{self.number}/{self.attempt}")
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def _with_whole_model(messages: Iterable[Message], model: GlobalModel) -> list[Message]:
+    """The strategy's messages, with buffers and frozen parameters beside what the strategy knows of."""
+    outgoing = list(messages)
+    whole = model.record()
+    for message in outgoing:
+        message.content[ARRAYS_KEY] = whole
+    return outgoing
+
+
+def _fault(reply: Message, model: GlobalModel) -> str | None:
+    """Why a train reply cannot be aggregated, or None."""
+    if reply.has_error():
+        return reply.error.reason or f"error {reply.error.code}"
+    arrays = list(reply.content.array_records.values())
+    metrics = list(reply.content.metric_records.values())
+    if len(arrays) != 1 or len(metrics) != 1:
+        return f"expected one ArrayRecord and one MetricRecord, got {len(arrays)} and {len(metrics)}"
+    expected = {name: model.arrays[name].shape for name in model.trainable | model.buffers}
+    if {name: tuple(array.shape) for name, array in arrays[0].items()} != expected:
+        return "the update's names or shapes are not the model's"
+    weight = metrics[0].get(WEIGHT_KEY)
+    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight > 0):
+        return f"the weight {WEIGHT_KEY} must be a positive number, got {weight!r}"
+    return None
+
+
+def _scalars(metrics: MetricRecord | None) -> dict[str, float]:
+    return {key: float(value) for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
