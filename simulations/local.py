@@ -1,0 +1,197 @@
+"""`LocalGrid`: a Flower Grid whose devices live in this process, or in a few processes beside it."""
+
+from __future__ import annotations
+
+import signal
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from typing import Self
+
+from flwr.app import Context, Message, RecordDict
+from flwr.app.user_config import UserConfigValue
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from propolis.server.exchange import exchange
+from propolis.server.flower import (
+    Run,
+    failed_reply,
+    make_run,
+    message_from_bytes,
+    message_to_bytes,
+    serialized,
+    set_identity,
+    set_message_id,
+    unavailable_reply,
+)
+
+LoadApp = Callable[[], ClientApp]
+
+
+class LocalGrid(Grid):
+    """Simulated devices behind Flower's Grid interface.
+
+    Every message is serialised on its way to a device and back, so a device shares no memory with the server or
+    with another device. A device works when its reply is pulled, so a consumer that folds replies as it pulls
+    them holds one at a time. Use it as a context manager where `workers` is not zero.
+
+    Args:
+        load_app: makes the ClientApp; called once in each process that runs devices. It must be picklable for
+            workers.
+        clients: number of devices; node ids are 1..clients, ``partition-id`` is the node id less one.
+        workers: processes that run the devices, device i always in process i mod workers; 0 runs them in this one.
+        run_id: of the run that the messages belong to.
+    """
+
+    def __init__(self, load_app: LoadApp, clients: int, *, workers: int = 0, run_id: int = 1) -> None:
+        self._clients = clients
+        self._pending: dict[str, Message] = {}
+        self._run = make_run(run_id)
+        set_identity(run_id)
+        self._runner = _Pool(load_app, clients, min(workers, clients)) if workers else _Inline(load_app, clients)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._runner.close()
+
+    def set_run(self, run: Run) -> None:
+        """See `Grid.set_run`."""
+        self._run = run
+        set_identity(run.run_id)
+
+    @property
+    def run(self) -> Run:
+        """See `Grid.run`."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See `Grid.create_message`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """1..clients: simulated devices are always connected."""
+        return range(1, self._clients + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See `Grid.push_messages`."""
+        ids = []
+        for message in messages:
+            message_id = uuid.uuid4().hex
+            set_message_id(message, message_id)
+            self._pending[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Run the devices that these messages went to, in order, and yield each reply when it is there."""
+        outgoing = [self._pending.pop(message_id) for message_id in message_ids if message_id in self._pending]
+        yield from self._runner.replies(outgoing)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See `Grid.send_and_receive`."""
+        return list(exchange(self, messages, timeout=float("inf") if timeout is None else timeout))
+
+
+class _Devices:
+    """The devices of one process: one ClientApp, one Flower context per device."""
+
+    def __init__(self, load_app: LoadApp, clients: int) -> None:
+        self._app = load_app()
+        self._clients = clients
+        self._contexts: dict[int, Context] = {}
+
+    def answer(self, request: bytes) -> bytes:
+        """One serialised message in, its reply out; what the ClientApp raises becomes an error reply."""
+        message = message_from_bytes(request)
+        try:
+            reply = self._app(message, self._context(message))
+        except Exception as error:
+            reply = failed_reply(message, f"{type(error).__name__}: {error}")
+        set_message_id(reply, uuid.uuid4().hex)
+        return message_to_bytes(reply)
+
+    def _context(self, message: Message) -> Context:
+        node_id = message.metadata.dst_node_id
+        if node_id not in self._contexts:
+            node_config: dict[str, UserConfigValue] = {"partition-id": node_id - 1, "num-partitions": self._clients}
+            self._contexts[node_id] = Context(message.metadata.run_id, node_id, node_config, RecordDict(), {})
+        return self._contexts[node_id]
+
+
+class _Inline:
+    """Devices in this process."""
+
+    def __init__(self, load_app: LoadApp, clients: int) -> None:
+        self._load = partial(_Devices, load_app, clients)
+        self._devices: _Devices | None = None
+
+    def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        self._devices = self._devices or self._load()
+        for parts in serialized(messages):
+            yield message_from_bytes(self._devices.answer(b"".join(parts)))
+
+    def close(self) -> None:
+        self._devices = None
+
+
+class _Pool:
+    """Devices in worker processes: one single-process executor each, so that a device always meets its own."""
+
+    def __init__(self, load_app: LoadApp, clients: int, workers: int) -> None:
+        self._workers = [
+            ProcessPoolExecutor(1, get_context("forkserver"), _start_worker, (load_app, clients))
+            for _ in range(workers)
+        ]
+
+    def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        running: list[tuple[Message, Future[bytes]]] = []
+        outgoing = list(messages)
+        for message, parts in zip(outgoing, serialized(outgoing), strict=True):
+            worker = self._workers[(message.metadata.dst_node_id - 1) % len(self._workers)]
+            running.append((message, _submit(worker, b"".join(parts))))
+        for message, future in running:
+            try:
+                yield message_from_bytes(future.result())
+            except BrokenProcessPool:
+                yield unavailable_reply(message, "the worker process of this device died")
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(worker: ProcessPoolExecutor, request: bytes) -> Future[bytes]:
+    try:
+        return worker.submit(_answer_in_worker, request)
+    except BrokenProcessPool as error:  # it died earlier: the same outcome, found sooner
+        broken: Future[bytes] = Future()
+        broken.set_exception(error)
+        return broken
+
+
+# A worker process serves one grid for its whole life; the executor gives its tasks no other place for state.
+_worker_devices: _Devices | None = None
+
+
+def _start_worker(load_app: LoadApp, clients: int) -> None:
+    global _worker_devices
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us in order
+    _worker_devices = _Devices(load_app, clients)
+
+
+def _answer_in_worker(request: bytes) -> bytes:
+    if _worker_devices is None:
+        raise RuntimeError("the worker was not started")
+    return _worker_devices.answer(request)

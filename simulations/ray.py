@@ -1,0 +1,52 @@
+"""Flower's own simulation engine on Ray, driven with the same apps."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from propolis.secure.errors import UsageError
+from propolis.settings import Settings
+from propolis.simulations.apps import client_app
+
+
+def run_on_ray(settings: Settings, serve: Callable[[Grid], None], cancelled: threading.Event) -> None:
+    """Run `serve` against Flower's simulation engine on as many actors as ``ray_cpus`` leaves room for.
+
+    Args:
+        settings: of the devices.
+        serve: the server's whole work on the grid; what it raises is raised here.
+        cancelled: set here when the user interrupts, so that `serve` stops waiting for devices.
+
+    Raises:
+        UsageError: Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("the backend ray needs Ray: pip install 'propolis[sim]'")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default; unset, it warns
+    from flwr.simulation import run_simulation
+
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid)
+
+    try:
+        run_simulation(
+            server_app,
+            client_app(settings),
+            settings.clients,
+            backend_config={
+                "client_resources": {"num_cpus": settings.ray_cpus, "num_gpus": 0.0},
+                "init_args": {"log_to_driver": False},
+            },
+        )
+    except KeyboardInterrupt:
+        cancelled.set()
+        raise

@@ -1,0 +1,165 @@
+"""What a run shows and leaves behind: rows of rounds, result.json, the model and the curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.numpy import save
+
+from propolis.server.checkpoint import RoundRecord, RunState, write_atomically
+from propolis.settings import Settings
+
+RESULT, MODEL, CURVES, CONFIG = "result.json", "model.safetensors", "curves.png", "config.toml"
+
+_COLUMNS = ("round", "accuracy", "loss", "up", "down", "survivors", "seconds")
+_WIDTHS = (7, 9, 8, 10, 10, 10, 8)
+
+
+class TerminalReport:
+    """A row per round as it ends, above a progress bar; rows alone where the output is not a terminal."""
+
+    def __init__(self, rounds: int, completed: int, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self._bar = self._progress.add_task("", total=rounds, completed=completed)
+
+    def __enter__(self) -> TerminalReport:
+        self._console.print(_row(_COLUMNS), style="bold")
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def round_started(self, number: int, attempt: int) -> None:
+        """Say so when a round is tried again."""
+        if attempt:
+            self._console.print(f"round {number}: too few devices survived, attempt {attempt + 1}", style="yellow")
+
+    def round_finished(self, state: RunState) -> None:
+        """Print the round's row."""
+        record = state.history[-1]
+        self._console.print(_row(_cells(record)), highlight=False)
+        self._progress.update(self._bar, completed=record.round)
+
+
+class LogReport:
+    """A log line per round, for Flower's own runtimes."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._log = logging.getLogger("flwr")
+
+    def round_started(self, number: int, attempt: int) -> None:
+        """Nothing: the round's line comes when it is done."""
+
+    def round_finished(self, state: RunState) -> None:
+        """Log the round's figures."""
+        line = " ".join(f"{k}={v}" for k, v in zip(_COLUMNS[1:], _cells(state.history[-1])[1:], strict=True))
+        self._log.info("round %d of %d: %s", state.completed, self._rounds, line)
+
+
+def result_of(settings: Settings, state: RunState, status: str) -> dict[str, Any]:
+    """The content of result.json; `status` is completed, interrupted or failed."""
+    history = [asdict(record) for record in state.history]
+    last = history[-1] if history else {"accuracy": None, "loss": None}
+    named = settings.model_dump(include={"task", "clients", "rounds", "protection", "codec", "backend", "seed"})
+    return {
+        **named,
+        "strategy": settings.strategy,
+        "status": status,
+        "accuracy": last["accuracy"],
+        "loss": last["loss"],
+        "uplink_bytes": sum(record["uplink_bytes"] for record in history),
+        "downlink_bytes": sum(record["downlink_bytes"] for record in history),
+        "seconds": sum(record["seconds"] for record in history),
+        "history": history,
+    }
+
+
+def write_results(out: Path, settings: Settings, state: RunState, status: str) -> dict[str, Any]:
+    """Write result.json, the model and, where a round was completed, the curves; return the result.
+
+    Raises:
+        StorageError: a file could not be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    result = result_of(settings, state, status)
+    if state.history:
+        arrays = {name: np.array(array, order="C") for name, array in state.model.arrays.items()}
+        write_atomically(out / MODEL, save(arrays))
+        write_atomically(out / CURVES, _draw_curves(state.history))
+    write_atomically(out / RESULT, json.dumps(result, indent=2).encode() + b"\n")
+    return result
+
+
+def write_config(out: Path, settings: Settings) -> None:
+    """Write the resolved settings, in the form that ``--config`` reads."""
+    write_atomically(out / CONFIG, tomli_w.dumps(settings.model_dump(exclude_none=True)).encode())
+
+
+def format_bytes(count: float) -> str:
+    """``1234567`` as ``1.23 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _cells(record: RoundRecord) -> tuple[str, ...]:
+    survivors = f"{record.survivors}/{record.survivors + record.dropped}"
+    return (
+        str(record.round),
+        "-" if record.accuracy is None else f"{record.accuracy:.4f}",
+        "-" if record.loss is None else f"{record.loss:.4f}",
+        format_bytes(record.uplink_bytes),
+        format_bytes(record.downlink_bytes),
+        survivors,
+        f"{record.seconds:.2f}",
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+def _draw_curves(history: Sequence[RoundRecord]) -> bytes:
+    """Accuracy and loss, per round and per megabyte on the wire, as a PNG."""
+    from io import BytesIO
+
+    from matplotlib.figure import Figure
+
+    rounds = [record.round for record in history]
+    megabytes = [b / 1e6 for b in accumulate(r.uplink_bytes + r.downlink_bytes for r in history)]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row", squeeze=False)
+    for row, (name, color) in enumerate((("accuracy", "tab:green"), ("loss", "tab:red"))):
+        values = [np.nan if (value := getattr(r, name)) is None else value for r in history]
+        for column, (x, label) in enumerate(((rounds, "round"), (megabytes, "MB up and down, all devices"))):
+            axis = axes[row][column]
+            axis.plot(x, values, color=color, marker="." if len(rounds) < 50 else "")
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3)
+        axes[row][0].set_ylabel(f"test {name}")
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,144 @@
+"""One simulation from settings to files: what ``propolis simulate`` does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+from rich.console import Console
+
+from propolis.client.train import choose_device
+from propolis.secure.errors import CancelledError, StorageError, UsageError
+from propolis.server.app import FederatedRun, Observer, initial_model
+from propolis.server.checkpoint import RunState, load_checkpoint
+from propolis.server.flower import quiet_flower
+from propolis.settings import Settings, load_settings
+from propolis.simulations.apps import client_app, load_data
+from propolis.simulations.dropout import DropoutGrid
+from propolis.simulations.local import LocalGrid
+from propolis.simulations.partition import Partition
+from propolis.simulations.ray import run_on_ray
+from propolis.simulations.report import CONFIG, CURVES, MODEL, RESULT, TerminalReport, write_config, write_results
+from propolis.task import Task
+
+CHECKPOINT = "checkpoint.safetensors"
+_FILES = (RESULT, MODEL, CURVES, CONFIG, CHECKPOINT)
+_MAY_CHANGE_ON_RESUME = {"rounds", "workers", "round_deadline", "attempts"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where a run leaves its files, and how it treats what lies there.
+
+    Attributes:
+        out: folder for the results; made when missing.
+        resume: go on from the folder's checkpoint.
+        force: replace another run's files.
+        console: where rounds are shown; None shows nothing.
+    """
+
+    out: Path
+    resume: bool = False
+    force: bool = False
+    console: Console | None = None
+
+
+def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
+    """Train a task's model over simulated devices.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UsageError: the task, the data, the partition or the folder is not usable; nothing has been written.
+        PropolisError: the run failed; the rounds completed so far are in the folder, with status ``failed``.
+        KeyboardInterrupt: the user stopped it; likewise, with status ``interrupted``.
+    """
+    torch.set_num_threads(1)  # as in the devices, so that figures do not depend on the number of cores
+    quiet_flower()
+    device = choose_device(settings.device)
+    task, data = load_data(settings.task, settings.data)
+    Partition.parse(settings.partition).split(data.train, settings.clients, settings.seed)
+    start = _starting_state(settings, options, task)
+    _prepare_folder(settings, options)
+    cancelled = threading.Event()
+    checkpoint = options.out / CHECKPOINT
+    run = FederatedRun(
+        settings, task, data.test, device=device, start=start, checkpoint=checkpoint, cancelled=cancelled
+    )
+    try:
+        with _report(settings, options, run.state.completed) as report:
+            _run_backend(settings, partial(_serve, settings, run, report), cancelled)
+    except BaseException as error:
+        stopped = isinstance(error, (KeyboardInterrupt, CancelledError))
+        with suppress(StorageError):  # the first error is the one to report
+            write_results(options.out, settings, run.state, "interrupted" if stopped else "failed")
+        raise
+    return write_results(options.out, settings, run.state, "completed")
+
+
+def settings_to_resume(out: Path, overrides: Mapping[str, Any]) -> Settings:
+    """The settings of the run in `out`, with the few changes that leave its rounds as they would have been.
+
+    Raises:
+        UsageError: the folder holds no run, or an override would make another run of it.
+    """
+    if not (out / CONFIG).is_file():
+        raise UsageError(f"{out} holds no run to resume: {CONFIG} is missing")
+    before = load_settings(out / CONFIG)
+    after = load_settings(base=before, overrides=overrides)
+    changed = {key for key in Settings.model_fields if getattr(before, key) != getattr(after, key)}
+    if refused := sorted(changed - _MAY_CHANGE_ON_RESUME):
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in refused)
+        raise UsageError(f"{flags} would make another run of {out}; start a new one without --resume")
+    return after
+
+
+def _starting_state(settings: Settings, options: RunOptions, task: Task) -> RunState | None:
+    if not options.resume:
+        return None
+    state = load_checkpoint(options.out / CHECKPOINT, initial_model(settings, task))
+    if state.completed > settings.rounds:
+        raise UsageError(f"{options.out} has done {state.completed} rounds already, more than {settings.rounds}")
+    return state
+
+
+def _prepare_folder(settings: Settings, options: RunOptions) -> None:
+    found = [name for name in _FILES if (options.out / name).exists()]
+    if found and not (options.resume or options.force):
+        raise UsageError(f"{options.out} holds another run ({found[0]}); use --resume, --force or another --out")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            for name in found:
+                (options.out / name).unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write to {options.out}: {error.strerror}") from None
+    write_config(options.out, settings)
+
+
+def _report(settings: Settings, options: RunOptions, completed: int) -> TerminalReport | nullcontext[None]:
+    if options.console is None:
+        return nullcontext()
+    return TerminalReport(settings.rounds, completed, options.console)
+
+
+def _serve(settings: Settings, run: FederatedRun, report: Observer | None, grid: Grid) -> None:
+    exchanges = 2 if settings.evaluate_fraction else 1
+    lossy = DropoutGrid(grid, settings.dropout, settings.seed, exchanges)
+    run.run(lossy, *([report] if report else []), lossy)
+
+
+def _run_backend(settings: Settings, serve: Callable[[Grid], None], cancelled: threading.Event) -> None:
+    if settings.backend == "ray":
+        run_on_ray(settings, serve, cancelled)
+        return
+    with LocalGrid(partial(client_app, settings), settings.clients, workers=settings.workers) as grid:
+        serve(grid)

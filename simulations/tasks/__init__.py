@@ -1,0 +1,1 @@
+"""The built-in tasks: real data that needs no download while a run goes on."""

@@ -1,0 +1,138 @@
+"""The command line. Heavy imports wait until a command needs them, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic.fields import FieldInfo
+
+from propolis.secure.errors import PropolisError, UsageError
+from propolis.settings import Settings, load_settings
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="propolis",
+    help="A secure federated edge-cloud framework on Flower.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Side-by-side benchmarks against peers.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one flag for every field of `Settings`, in place of its ``**flags``."""
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD]
+    flags = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                field.annotation | None,  # type: ignore[operator]
+                typer.Option(f"--{name.replace('_', '-')}", help=_help(field), show_default=False),
+            ],
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+    command.__signature__ = inspect.Signature([*flags, *own])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*flags, *own]}
+    return command
+
+
+def _help(field: FieldInfo) -> str:
+    return f"{field.description}" + ("" if field.default is None else f" [default: {field.default}]")
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """A secure federated edge-cloud framework on Flower."""
+    if version:
+        from propolis import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command("simulate")
+@with_settings
+def simulate_command(
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; a new one by default.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Folder of a run to go on with.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another run in the folder.")] = False,
+    as_json: JsonFlag = False,
+    **flags: Any,
+) -> None:
+    """Train a task over many simulated devices on this machine."""
+    if resume is not None and (out is not None or config is not None or force):
+        raise UsageError("--resume takes folder and settings from the run: leave out --out, --config and --force")
+    settings = None if resume else load_settings(config, flags)  # before the seconds that torch takes to load
+
+    from rich.console import Console
+
+    from propolis.simulations.run import RunOptions, settings_to_resume, simulate
+
+    console = None if as_json else Console()
+    settings = settings or settings_to_resume(Path(resume or ""), flags)
+    folder = resume or out or Path("runs") / f"{settings.task.replace(':', '.')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    result = simulate(settings, RunOptions(folder, resume is not None, force, console))
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    from propolis.simulations.report import format_bytes
+
+    accuracy = "" if result["accuracy"] is None else f"accuracy {result['accuracy']:.4f}, "
+    typer.echo(
+        f"{accuracy}loss {result['loss']:.4f} after {len(result['history'])} rounds in {result['seconds']:.1f} s; "
+        f"{format_bytes(result['uplink_bytes'])} up, {format_bytes(result['downlink_bytes'])} down"
+    )
+    typer.echo(f"result.json, model.safetensors, curves.png and config.toml are in {folder}")
+
+
+@bench_app.command("simulate")
+def bench_simulate(
+    as_json: JsonFlag = False,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the figures as JSON.")] = None,
+) -> None:
+    """The same job on the local grid and on Flower's simulation engine on Ray."""
+    from propolis.simulations.bench.simulate import run_benchmark
+
+    run_benchmark(out or Path("runs") / "bench-simulate.json", as_json)
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
+    import click
+
+    try:
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        _stop(error.format_message(), EXIT_USAGE)
+    except UsageError as error:
+        _stop(str(error), EXIT_USAGE)
+    except PropolisError as error:
+        _stop(str(error), EXIT_FAILURE)
+    except (KeyboardInterrupt, click.Abort):
+        _stop("interrupted; completed rounds are kept: propolis simulate --resume DIR goes on", EXIT_INTERRUPTED)
+    sys.exit(code or 0)
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"propolis: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
