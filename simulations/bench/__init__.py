@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks: each compares ratios within one run, because machines are shared and noisy."""
