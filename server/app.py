@@ -96,7 +96,7 @@ class FederatedRun:
 
     def evaluate(self, model: GlobalModel) -> dict[str, float]:
         """The task's metrics of `model` on the server's test set."""
-        self._evaluated.load_state_dict(model.record().to_torch_state_dict())
+        self._evaluated.load_state_dict({name: torch.from_numpy(array) for name, array in model.arrays.items()})
         with torch.no_grad():
             return self._task.evaluate(self._evaluated.eval(), self._test)
 

@@ -108,4 +108,4 @@ def _like(old: np.ndarray | None, new: np.ndarray, name: str) -> np.ndarray:
         return np.asarray(new >= 0.5)
     if np.issubdtype(old.dtype, np.integer):
         new = np.rint(new)
-    return new.astype(old.dtype)
+    return np.asarray(new, dtype=old.dtype)  # numpy turns arrays without dimensions into scalars

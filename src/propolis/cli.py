@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic.fields import FieldInfo
@@ -57,16 +57,21 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}" + ("" if field.default is None else f" [default: {field.default}]")
 
 
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    """A secure federated edge-cloud framework on Flower."""
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from propolis import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """A secure federated edge-cloud framework on Flower."""
 
 
 @app.command("simulate")
@@ -91,7 +96,10 @@ def simulate_command(
     console = None if as_json else Console()
     settings = settings or settings_to_resume(Path(resume or ""), flags)
     folder = resume or out or Path("runs") / f"{settings.task.replace(':', '.')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    result = simulate(settings, RunOptions(folder, resume is not None, force, console))
+    try:
+        result = simulate(settings, RunOptions(folder, resume is not None, force, console))
+    except KeyboardInterrupt:
+        _stop(f"interrupted; go on with: propolis simulate --resume {folder}", EXIT_INTERRUPTED)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -121,7 +129,10 @@ def main() -> None:
     import click
 
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="propolis", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
     except click.ClickException as error:
         _stop(error.format_message(), EXIT_USAGE)
     except UsageError as error:
@@ -129,10 +140,10 @@ def main() -> None:
     except PropolisError as error:
         _stop(str(error), EXIT_FAILURE)
     except (KeyboardInterrupt, click.Abort):
-        _stop("interrupted; completed rounds are kept: propolis simulate --resume DIR goes on", EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
     sys.exit(code or 0)
 
 
-def _stop(message: str, code: int) -> None:
+def _stop(message: str, code: int) -> NoReturn:
     print(f"propolis: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -131,6 +131,7 @@ class Task:
         """Mean loss over a batch, a scalar; cross-entropy unless overridden."""
         return nn.functional.cross_entropy(outputs, labels)
 
+    @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         """Metrics of `model` on `examples`: ``loss`` always, ``accuracy`` where the task has one.
 
@@ -225,7 +226,7 @@ def _check_loss(name: str, task: Task, model: nn.Module, examples: Examples) -> 
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.requires_grad:
         raise UsageError(f"{name}.loss() must return a scalar tensor that depends on the model")
     if not torch.isfinite(loss):
-        raise UsageError(f"{name}: the loss of its first examples is {float(loss)}, expected a finite number")
+        raise UsageError(f"{name}: the loss of its first examples is {float(loss.detach())}, expected a finite number")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import Blobs
+from torch import nn
+
+from propolis.secure.errors import StorageError, UsageError
+from propolis.server.checkpoint import RoundRecord, RunState, load_checkpoint, save_checkpoint, write_atomically
+from propolis.server.model import GlobalModel
+
+RECORD = RoundRecord(1, 0.5, 1.25, 10, 20, 3, 1, 0.125, 2, {"train-loss": 0.75})
+
+
+def state() -> RunState:
+    model = GlobalModel.of(Blobs().model())
+    return RunState(model, (RECORD,), {"m_t/dict/000000/w": np.arange(3.0)})
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    before = state()
+    save_checkpoint(tmp_path / "c", before)
+    after = load_checkpoint(tmp_path / "c", before.model)
+    assert after.history == before.history
+    assert after.completed == 1
+    assert list(after.model.arrays) == list(before.model.arrays)
+    for name, array in before.model.arrays.items():
+        np.testing.assert_array_equal(after.model.arrays[name], array)
+        assert after.model.arrays[name].dtype == array.dtype
+    np.testing.assert_array_equal(after.strategy["m_t/dict/000000/w"], np.arange(3.0))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", state())
+    with pytest.raises(UsageError, match="a checkpoint of another model: 0.bias"):
+        load_checkpoint(tmp_path / "c", GlobalModel.of(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_a_cut_checkpoint_is_refused(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "c"
+    save_checkpoint(path, state())
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UsageError, match="is not a whole checkpoint"):
+        load_checkpoint(path, state().model)
+
+
+def test_no_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "absent", state().model)
+
+
+def test_a_full_disk_leaves_the_previous_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"previous")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot write .*the previous one is whole"):
+            write_atomically(path, bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == b"previous"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
+    """Whole old or whole new content, whatever the instant."""
+    path = tmp_path / "file"
+    code = (
+        "import sys, itertools; from pathlib import Path; from propolis.server.checkpoint import write_atomically\n"
+        "path = Path(sys.argv[1])\n"
+        "for i in itertools.count(): write_atomically(path, bytes([i % 256]) * 3_000_000); print(i, flush=True)"
+    )
+    for writes in (1, 2, 3):
+        with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            for _ in range(writes):
+                process.stdout.readline()
+            process.kill()
+        content = path.read_bytes()
+        assert len(content) == 3_000_000
+        assert len(set(content)) == 1

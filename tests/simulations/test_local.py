@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from harness import COUNTING_APP
+
+from propolis.simulations.dropout import DropoutGrid
+from propolis.simulations.local import LocalGrid
+
+
+def ask(grid: LocalGrid | DropoutGrid, nodes: list[int], what: str = "count") -> list[Message]:
+    content = RecordDict({"config": ConfigRecord({"what": what})})
+    messages = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
+    return list(grid.send_and_receive(messages, timeout=60))
+
+
+def numbers(replies: list[Message], key: str) -> list[object]:
+    return [reply.content.metric_records["metrics"][key] for reply in replies]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_contexts_are_each_devices_own_and_last(workers: int) -> None:
+    with LocalGrid(COUNTING_APP, 4, workers=workers) as grid:
+        assert list(grid.get_node_ids()) == [1, 2, 3, 4]
+        ask(grid, [1, 2])
+        replies = ask(grid, [1, 2, 3])
+        assert numbers(replies, "calls") == [2, 2, 1]
+        assert numbers(replies, "partition") == [0, 1, 2]
+        assert numbers(replies, "partitions") == [4, 4, 4]
+
+
+def test_a_device_always_meets_its_own_worker() -> None:
+    with LocalGrid(COUNTING_APP, 6, workers=2) as grid:
+        first, second = (numbers(ask(grid, [1, 2, 3, 4, 5, 6]), "pid") for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 2
+    assert first[0::2] == [first[0]] * 3
+    assert os.getpid() not in first
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_an_app_raises_is_an_error_reply(workers: int) -> None:
+    with LocalGrid(COUNTING_APP, 2, workers=workers) as grid:
+        (reply,) = ask(grid, [2], "raise")
+        assert reply.has_error()
+        assert reply.error.reason == "ValueError: asked to"
+        assert reply.metadata.src_node_id == 2
+        assert numbers(ask(grid, [2]), "calls") == [1]
+
+
+def test_a_worker_that_dies_costs_its_devices_and_no_wait() -> None:
+    with LocalGrid(COUNTING_APP, 4, workers=2) as grid:
+        began = time.monotonic()
+        replies = ask(grid, [1, 2], "die")
+        assert [reply.error.reason for reply in replies] == ["the worker process of this device died"] * 2
+        assert [reply.has_error() for reply in ask(grid, [3])] == [True]
+        assert time.monotonic() - began < 60
+
+
+def test_a_device_shares_no_memory_with_the_server_or_another_device() -> None:
+    content = RecordDict({"config": ConfigRecord({"what": "scribble"})})
+    grid = LocalGrid(COUNTING_APP, 2)
+    messages = [Message(content, dst_node_id=node, message_type="train") for node in (1, 2)]
+    replies = list(grid.send_and_receive(messages, timeout=60))
+    assert content.config_records["config"]["what"] == "scribble"
+    assert numbers(replies, "calls") == [1, 1]
+
+
+def test_a_device_works_when_its_reply_is_pulled() -> None:
+    done: list[int] = []
+    grid = LocalGrid(partial(recording_app, done), 3)
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in (1, 2, 3)]
+    replies = iter(grid.pull_messages(grid.push_messages(messages)))
+    assert done == []
+    next(replies)
+    assert done == [1]
+
+
+def recording_app(done: list[int]) -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        done.append(context.node_id)
+        return Message(RecordDict({"metrics": MetricRecord({"x": 1})}), reply_to=message)
+
+    return app
+
+
+def lost(probability: float, exchange: int, exchanges: int, seed: int = 0, rounds: int = 200) -> int:
+    """Devices lost at the given exchange over many rounds of ten devices."""
+    grid = DropoutGrid(LocalGrid(COUNTING_APP, 10), probability, seed, exchanges)
+    total = 0
+    for number in range(rounds):
+        grid.round_started(number, 0)
+        for _ in range(exchange):
+            ask(grid, [])
+        total += sum(reply.has_error() for reply in ask(grid, list(range(1, 11))))
+    return total
+
+
+def test_devices_are_lost_with_the_given_chance_at_a_uniform_exchange() -> None:
+    assert lost(0.0, 0, 1, rounds=5) == 0
+    assert 480 < lost(0.3, 0, 1) < 720  # 2,000 draws at 0.3: six standard deviations
+    assert 100 < lost(0.3, 0, 4) < 200  # a quarter of them are lost at the first of four
+    assert 480 < lost(0.3, 3, 4) < 720  # all of them by the last
+
+
+def test_losses_depend_on_the_seed_alone() -> None:
+    assert lost(0.3, 0, 1, seed=1, rounds=20) == lost(0.3, 0, 1, seed=1, rounds=20)
+
+
+def test_a_lost_device_never_hears_of_it() -> None:
+    inner = LocalGrid(COUNTING_APP, 10)
+    grid = DropoutGrid(inner, 0.5, seed=3)
+    grid.round_started(1, 0)
+    replies = ask(grid, list(range(1, 11)))
+    gone = [reply.metadata.src_node_id for reply in replies if reply.has_error()]
+    assert 0 < len(gone) < 10
+    assert numbers(ask(inner, gone), "calls") == [1] * len(gone)

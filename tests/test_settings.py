@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from propolis.secure.errors import UsageError
+from propolis.settings import Settings, load_settings
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('rounds = 7\nbatch-size = 8\nstrategy = "FedAdam"\n')
+    settings = load_settings(file, {"rounds": 9, "lr": None})
+    assert (settings.rounds, settings.batch_size, settings.strategy) == (9, 8, "fedadam")
+    assert settings.lr == Settings().lr
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("ruonds = 7\n")
+    with pytest.raises(UsageError, match=r"unknown key 'ruonds'; the nearest known one is 'rounds'"):
+        load_settings(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rounds", -1, "rounds: expected greater than or equal to 1, got -1"),
+        ("rounds", "many", "rounds: expected a valid integer"),
+        ("fraction", 0, "fraction: expected greater than 0"),
+        ("fraction", 1.5, "fraction: expected less than or equal to 1"),
+        ("lr", float("nan"), "lr: "),
+        ("strategy", "krum", "strategy: expected 'fedavg'"),
+        ("dropout", 1.0, "dropout: expected less than 1"),
+        ("protection", "secagg", "'secagg' is not available in this version; choose none"),
+        ("codec", "dense", "'dense' is not available in this version; choose float32"),
+        ("clients", 1, "min_clients is 2, but there are only 1 clients"),
+        ("seed", -1, "seed: "),
+    ],
+)
+def test_a_value_out_of_range_is_one_clear_line(key: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_settings(overrides={key: value})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read"):
+        load_settings(tmp_path / "absent.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("rounds = = 3")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        load_settings(broken)
+
+
+def test_settings_are_frozen_and_hashable() -> None:
+    assert hash(Settings()) == hash(Settings())
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().rounds = 3  # type: ignore[misc]
+
+
+def test_flowers_configuration_lists_the_settings_with_their_defaults() -> None:
+    project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())
+    listed = project["tool"]["flwr"]["app"]["config"]
+    assert listed.pop("out") == ""
+    elsewhere = {"clients", "backend", "workers", "ray_cpus", "data", "dropout"}
+    defaults = {k: v for k, v in Settings().model_dump(exclude_none=True).items() if k not in elsewhere}
+    assert {key.replace("-", "_"): value for key, value in listed.items()} == defaults
