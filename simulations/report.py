@@ -21,6 +21,8 @@ from propolis.settings import Settings
 
 RESULT, MODEL, CURVES, CONFIG = "result.json", "model.safetensors", "curves.png", "config.toml"
 
+_CURVES = {"accuracy": "tab:green", "loss": "tab:red"}
+_AXES = ("round", "MB up and down, all devices")
 _COLUMNS = ("round", "accuracy", "loss", "up", "down", "survivors", "seconds")
 _WIDTHS = (7, 9, 8, 10, 10, 10, 8)
 
@@ -150,13 +152,13 @@ def _draw_curves(history: Sequence[RoundRecord]) -> bytes:
 
     rounds = [record.round for record in history]
     megabytes = [b / 1e6 for b in accumulate(r.uplink_bytes + r.downlink_bytes for r in history)]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharey="row", squeeze=False)
-    for row, (name, color) in enumerate((("accuracy", "tab:green"), ("loss", "tab:red"))):
-        values = [np.nan if (value := getattr(r, name)) is None else value for r in history]
-        for column, (x, label) in enumerate(((rounds, "round"), (megabytes, "MB up and down, all devices"))):
-            axis = axes[row][column]
-            axis.plot(x, values, color=color, marker="." if len(rounds) < 50 else "")
+    known = [name for name in _CURVES if any(getattr(record, name) is not None for record in history)]
+    figure = Figure(figsize=(9, 3 * max(1, len(known))), layout="constrained")
+    axes = figure.subplots(max(1, len(known)), 2, sharey="row", squeeze=False)
+    for row, name in enumerate(known):
+        values = [np.nan if (value := getattr(record, name)) is None else value for record in history]
+        for axis, x, label in zip(axes[row], (rounds, megabytes), _AXES, strict=True):
+            axis.plot(x, values, color=_CURVES[name], marker="." if len(rounds) < 50 else "")
             axis.set_xlabel(label)
             axis.grid(alpha=0.3)
         axes[row][0].set_ylabel(f"test {name}")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from harness import Blobs, one_line_error
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

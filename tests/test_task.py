@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import Blobs
 from torch import Tensor, nn
 
+from harness import Blobs
 from propolis.secure.errors import UsageError
 from propolis.task import BUILT_IN, DataSet, Examples, Task, check_task, frozen_names, load_task
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from harness import Blobs
 from torch import Tensor, nn
 
+from harness import Blobs
 from propolis.client.optimizer import Adam, Sgd
 from propolis.client.train import LocalTrainer, TrainConfig, _batches, choose_device, derive_seed
 from propolis.secure.errors import UsageError

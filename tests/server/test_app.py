@@ -9,8 +9,8 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from harness import Blobs
 
+from harness import Blobs
 from propolis.client.app import Participant, hold_out, make_client_app
 from propolis.client.train import LocalTrainer
 from propolis.secure.errors import TooFewPeersError

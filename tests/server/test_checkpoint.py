@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Blobs
 from torch import nn
 
+from harness import Blobs
 from propolis.secure.errors import StorageError, UsageError
 from propolis.server.checkpoint import RoundRecord, RunState, load_checkpoint, save_checkpoint, write_atomically
 from propolis.server.model import GlobalModel
@@ -38,7 +38,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", state())
-    with pytest.raises(UsageError, match="a checkpoint of another model: 0.bias"):
+    with pytest.raises(UsageError, match=r"a checkpoint of another model: 0\.bias"):
         load_checkpoint(tmp_path / "c", GlobalModel.of(nn.Linear(2, 2)))
 
 
@@ -63,7 +63,7 @@ def test_a_full_disk_leaves_the_previous_file_whole(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(StorageError, match="cannot write .*the previous one is whole"):
+        with pytest.raises(StorageError, match=r"cannot write .*the previous one is whole"):
             write_atomically(path, bytes(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
-from harness import Blobs
 from torch import nn
 
+from harness import Blobs
 from propolis.secure.errors import UsageError
 from propolis.server.model import GlobalModel
 

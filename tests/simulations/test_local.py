@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from harness import COUNTING_APP
 
+from harness import COUNTING_APP
 from propolis.simulations.dropout import DropoutGrid
 from propolis.simulations.local import LocalGrid
 

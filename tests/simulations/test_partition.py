@@ -33,8 +33,7 @@ def test_every_example_goes_to_exactly_one_device_or_the_request_is_refused(
     data = examples(labels, users=[label % 4 for label in labels])
     try:
         parts = Partition.parse(kind).split(data, clients, seed)
-    except UsageError as error:
-        assert any(character.isdigit() for character in str(error))
+    except UsageError:
         return
     assert len(parts) == clients
     assert all(len(part) > 0 for part in parts)

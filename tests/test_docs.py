@@ -1,0 +1,78 @@
+"""Documentation that cannot rot: its commands, flags, links and example are checked against the code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import Command
+
+from propolis.cli import app
+from propolis.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+README = (ROOT / "README.md").read_text()
+
+
+def known_flags(*path: str) -> set[str]:
+    command = typer.main.get_command(app)
+    for name in path:
+        command = command.commands[name]  # type: ignore[attr-defined]
+    return {flag for parameter in command.params for flag in parameter.opts}
+
+
+def test_every_flag_is_documented_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| (.*) \|$", README, re.MULTILINE))
+    assert set(rows) == known_flags("simulate") - {"--help"}
+    for name, field in Settings.model_fields.items():
+        if field.default is not None:
+            assert rows[f"--{name.replace('_', '-')}"].endswith(f" (`{field.default}`)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_flags_in_the_pages_exist(page: Path) -> None:
+    for line in re.findall(r"propolis (?:simulate|bench)[^`\n|]*", page.read_text()):
+        words = shlex.split(line.split("#")[0].rstrip(".;,"))
+        depth = 3 if words[1] == "bench" and len(words) > 2 else 2
+        flags = {word for word in words if word.startswith("--")}
+        assert flags <= known_flags(*words[1:depth]), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_security_claim_names_a_test_that_exists() -> None:
+    claims = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", (ROOT / "SECURITY.md").read_text())
+    assert claims
+    for test, path in claims:
+        assert f"def {test}(" in (ROOT / path).read_text()
+
+
+def test_make_targets_in_the_pages_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`make ([a-z]+)`", page.read_text())) <= targets
+
+
+def test_the_readmes_example_is_short_and_works(propolis: Command, tmp_path: Path) -> None:
+    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert source.count("\n") < 60
+    (tmp_path / "diabetes.py").write_text(source)
+    (line,) = re.findall(r"^propolis (simulate --task diabetes:Diabetes.*)$", README, re.MULTILINE)
+    done = propolis(*shlex.split(line), "--rounds", 3)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_functions_have_docstrings() -> None:
+    import propolis
+
+    assert all(inspect.getdoc(getattr(propolis, name)) for name in propolis.__all__)
