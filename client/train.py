@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,15 +86,18 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _seed_torch(seed: int, device: torch.device) -> None:
+def _seed_everything(seed: int, device: torch.device) -> None:
     """Seed the generators that training uses.
 
     `torch.manual_seed` also queues a call with a whole stack trace for every kind of device that is not there,
     which costs more than a small device's training.
     """
+    random.seed(seed)  # a task may draw from any of the usual three
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
 
@@ -110,7 +115,10 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        known = device.type in ("cpu", "cuda", "mps")
     except (RuntimeError, AssertionError, NotImplementedError):
+        known = False
+    if not known:
         raise UsageError(f"device '{name}' is not available on this machine; use auto or cpu") from None
     return device
 
@@ -123,6 +131,9 @@ class LocalTrainer:
         self.device = device
         self.model: nn.Module = task.model().to(device)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        travelling = self.model.state_dict().keys()
+        # What does not travel with the model must not travel from one device to the next either.
+        self._local_buffers = {k: b.clone() for k, b in self.model.named_buffers() if k not in travelling}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over a global model.
@@ -135,6 +146,8 @@ class LocalTrainer:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"the global model does not fit the task's model: {reason}") from None
+        for name, buffer in self._local_buffers.items():
+            self.model.get_buffer(name).copy_(buffer)
 
     def train(self, examples: Examples, config: TrainConfig, seed: int) -> float:
         """Train the loaded model on a device's examples.
@@ -149,7 +162,7 @@ class LocalTrainer:
         """
         if len(examples) == 0:
             raise UsageError("this device has no examples to train on")
-        _seed_torch(seed, self.device)
+        _seed_everything(seed, self.device)
         self.model.train()
         optimizer = self._optimizer(config)
         start = [p.detach().clone() for p in self._parameters] if config.proximal_mu else []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -27,6 +30,9 @@ _TRAINING_KEYS = (
 )
 _NODE_POLL_S = 0.2
 
+# Settings that leave the rounds of a run as they would have been.
+MAY_CHANGE_ON_RESUME = frozenset({"rounds", "workers", "round_deadline", "attempts"})
+
 
 class Observer(Protocol):
     """Who wants to know how a run goes."""
@@ -42,6 +48,12 @@ def initial_model(settings: Settings, task: Task) -> GlobalModel:
     """The global model before the first round; the same for the same seed."""
     torch.manual_seed(settings.seed)
     return GlobalModel.of(task.model())
+
+
+def run_digest(settings: Settings) -> str:
+    """What makes a run the one it is: a digest of the settings that decide its rounds."""
+    decisive = settings.model_dump(exclude=set(MAY_CHANGE_ON_RESUME))
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 class FederatedRun:
@@ -89,7 +101,7 @@ class FederatedRun:
         for number in range(self.state.completed + 1, self._settings.rounds + 1):
             self.state = self._round(metered, number)
             if self._checkpoint is not None:
-                save_checkpoint(self._checkpoint, self.state)
+                save_checkpoint(self._checkpoint, self.state, run_digest(self._settings))
             for observer in observers:
                 observer.round_finished(self.state)
         return self.state
@@ -98,7 +110,7 @@ class FederatedRun:
         """The task's metrics of `model` on the server's test set."""
         self._evaluated.load_state_dict({name: torch.from_numpy(array) for name, array in model.arrays.items()})
         with torch.no_grad():
-            return self._task.evaluate(self._evaluated.eval(), self._test)
+            return {k: float(v) for k, v in self._task.evaluate(self._evaluated.eval(), self._test).items()}
 
     def _round(self, grid: MeteredGrid, number: int) -> RunState:
         began = time.perf_counter()
@@ -107,6 +119,7 @@ class FederatedRun:
         device_metrics = attempt_round.evaluate(trained.model) if self._settings.evaluate_fraction else {}
         central = self.evaluate(trained.model)
         metrics = {**trained.metrics, **central, **{f"device-{k}": v for k, v in device_metrics.items()}}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no NaN
         record = RoundRecord(
             round=number,
             accuracy=metrics.pop("accuracy", None),
@@ -117,6 +130,7 @@ class FederatedRun:
             dropped=trained.dropped,
             seconds=time.perf_counter() - began,
             attempts=attempts,
+            failures=list(dict.fromkeys(trained.failures)),
             metrics=metrics,
         )
         history = (*self.state.history, record)

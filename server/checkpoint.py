@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class RoundRecord:
         dropped: devices that were asked and are not.
         seconds: wall time of the round with its evaluation.
         attempts: times the round was tried.
+        failures: what devices that failed said, each once.
         metrics: whatever else the task and the devices reported (``train-loss``, ``device-accuracy``, ...).
     """
 
@@ -46,6 +48,7 @@ class RoundRecord:
     dropped: int
     seconds: float
     attempts: int
+    failures: Sequence[str]
     metrics: Mapping[str, float]
 
 
@@ -69,36 +72,49 @@ class RunState:
         return len(self.history)
 
 
-def save_checkpoint(path: Path, state: RunState) -> None:
+def save_checkpoint(path: Path, state: RunState, run: str) -> None:
     """Write `state` to `path`.
+
+    Args:
+        path: the file.
+        state: what to keep.
+        run: digest of what makes the run the one it is; `load_checkpoint` asks for the same.
 
     Raises:
         StorageError: it could not be written; the previous checkpoint is whole.
     """
     tensors = {f"model/{name}": array for name, array in state.model.arrays.items()}
     tensors.update({f"strategy/{name}": array for name, array in state.strategy.items()})
-    header = {"format": _FORMAT, "history": [asdict(record) for record in state.history]}
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
+    header = {
+        "format": _FORMAT,
+        "run": run,
+        "sha256": _digest(contiguous),
+        "history": [asdict(record) for record in state.history],
+    }
     write_atomically(path, save(contiguous, metadata={"propolis": json.dumps(header)}))
 
 
-def load_checkpoint(path: Path, template: GlobalModel) -> RunState:
+def load_checkpoint(path: Path, template: GlobalModel, run: str) -> RunState:
     """Read what `save_checkpoint` wrote.
 
     Args:
         path: the file.
         template: the task's model; the checkpoint must be of one with the same names, shapes and types.
+        run: what `save_checkpoint` got.
 
     Raises:
-        UsageError: the file is missing, corrupt or of another model.
+        UsageError: the file is missing, corrupt, or of another model or run.
     """
-    header, tensors = _read(path)
+    header, history, tensors = _read(path)
     arrays = {name.removeprefix("model/"): a for name, a in tensors.items() if name.startswith("model/")}
     _require_same_model(path, arrays, template)
+    if header["run"] != run:
+        raise UsageError(f"{path} is a checkpoint of a run with other settings than those in its folder")
     ordered = {name: arrays[name] for name in template.arrays}
     return RunState(
         GlobalModel(ordered, template.trainable, template.frozen),
-        tuple(RoundRecord(**record) for record in header["history"]),
+        history,
         {name.removeprefix("strategy/"): a for name, a in tensors.items() if name.startswith("strategy/")},
     )
 
@@ -119,24 +135,37 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         previous = "; the previous one is whole" if path.exists() else ""
         raise StorageError(f"cannot write {path}: {error.strerror}{previous}") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and bytes: the file format has no checksum of its own."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], tuple[RoundRecord, ...], dict[str, np.ndarray]]:
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}: the run has not completed a round")
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {})["propolis"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        if header["format"] != _FORMAT:
+            raise UsageError(f"{path} has format {header['format']}, this version reads {_FORMAT}")
+        if header["sha256"] != _digest(tensors):
+            raise UsageError(f"{path} is not a whole checkpoint: its contents are not those that were written")
+        return header, tuple(RoundRecord(**record) for record in header["history"]), tensors
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise UsageError(f"{path} is not a whole checkpoint: {error}") from None
-    if header.get("format") != _FORMAT:
-        raise UsageError(f"{path} has format {header.get('format')}, this version reads {_FORMAT}")
-    return header, tensors
 
 
 def _require_same_model(path: Path, arrays: Mapping[str, np.ndarray], template: GlobalModel) -> None:

@@ -61,7 +61,11 @@ def _pull(grid: Grid, ids: list[str], deadline: float, cancelled: threading.Even
     while batch := list(islice(remaining, PULL_BATCH)):
         if cancelled is not None and cancelled.is_set():
             raise CancelledError("the run was asked to stop")
-        yield from grid.pull_messages(batch)
+        for reply in grid.pull_messages(batch):
+            yield reply
+            # A grid may compute its replies one by one as they are pulled.
+            if time.monotonic() >= deadline or (cancelled is not None and cancelled.is_set()):
+                break
         if time.monotonic() >= deadline:
             return
 
@@ -126,8 +130,9 @@ class MeteredGrid(GridWrapper):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Push and count the downlink."""
         outgoing = list(messages)
-        self.downlink_bytes += wire_size(outgoing)
-        return super().push_messages(outgoing)
+        ids = super().push_messages(outgoing)
+        self.downlink_bytes += wire_size(outgoing)  # now that they carry their ids
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pull and count the uplink, message by message."""

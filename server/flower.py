@@ -63,9 +63,14 @@ def message_from_bytes(data: bytes) -> Message:
     return message_from_proto(ProtoMessage.FromString(data))
 
 
+def is_made_up(message: Message) -> bool:
+    """Whether the server wrote this reply itself, because none came."""
+    return message.has_error() and message.error.code in _MADE_UP_CODES
+
+
 def wire_size(messages: Iterable[Message]) -> int:
     """Bytes of the serialised messages that cross the wire; replies that the server made up itself cost nothing."""
-    crossing = (m for m in messages if not (m.has_error() and m.error.code in _MADE_UP_CODES))
+    crossing = (message for message in messages if not is_made_up(message))
     return sum(len(head) + len(content) for head, content in serialized(crossing))
 
 

@@ -51,6 +51,11 @@ class GlobalModel:
         """Names of the entries that are neither trained nor frozen."""
         return frozenset(self.arrays) - self.trainable - self.frozen
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no entry is infinite or NaN."""
+        return all(bool(np.isfinite(array).all()) for array in self.arrays.values())
+
     def record(self, names: Iterable[str] | None = None) -> ArrayRecord:
         """The entries called `names` (all of them by default) as a Flower record, in the model's order."""
         chosen = self.arrays.keys() if names is None else set(names)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from propolis.secure.errors import PropolisError, TooFewPeersError
 from propolis.server.exchange import Snapshot
-from propolis.server.flower import AppExitException
+from propolis.server.flower import AppExitException, is_made_up
 from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY, GlobalModel, average, split_replies
 
 
@@ -27,7 +28,7 @@ class Trained:
         metrics: weighted means of the devices' training metrics.
         survivors: devices whose update is in the model.
         dropped: devices that were asked and are not.
-        failures: one line per dropped device that said why.
+        failures: what the dropped devices said, those that were lost left out.
     """
 
     model: GlobalModel
@@ -73,9 +74,7 @@ class Round:
             )
         outgoing = _with_whole_model(messages, model)
         replies = self._exchange(outgoing)
-        faults = [_fault(reply, model) for reply in replies]
-        usable = [reply for reply, fault in zip(replies, faults, strict=True) if fault is None]
-        failures = tuple(fault for fault in faults if fault is not None)
+        usable, failures = _sift(replies, lambda reply: _fault(reply, model))
         if len(usable) < self.min_clients:
             why = f"; the first one said: {failures[0]}" if failures else ""
             raise TooFewPeersError(
@@ -90,6 +89,8 @@ class Round:
         if arrays is None:
             raise PropolisError(f"round {self.number}: {type(self.strategy).__name__} returned no model")
         new_model = model.updated(arrays, average(of_buffers))
+        if not new_model.is_finite:
+            raise PropolisError(f"round {self.number}: the new model is not finite; lower the server's learning rate")
         return Trained(new_model, _scalars(metrics), len(usable), len(outgoing) - len(usable), failures)
 
     def evaluate(self, model: GlobalModel) -> dict[str, float]:
@@ -98,8 +99,8 @@ class Round:
             messages = self.strategy.configure_evaluate(
                 self.number, model.record(model.trainable), ConfigRecord(), Snapshot(self.grid, self.node_ids)
             )
-        replies = [reply for reply in self._exchange(_with_whole_model(messages, model)) if not reply.has_error()]
-        return _scalars(self.strategy.aggregate_evaluate(self.number, replies)) if replies else {}
+        usable, _ = _sift(self._exchange(_with_whole_model(messages, model)), _metrics_fault)
+        return _scalars(self.strategy.aggregate_evaluate(self.number, usable)) if usable else {}
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
         """Replies in order of node id, so that sums do not depend on who was first."""
@@ -128,17 +129,43 @@ def _with_whole_model(messages: Iterable[Message], model: GlobalModel) -> list[M
     return outgoing
 
 
+def _sift(replies: list[Message], fault_of: Callable[[Message], str | None]) -> tuple[list[Message], tuple[str, ...]]:
+    """The replies that can be aggregated together, and what the other devices said (lost ones say nothing)."""
+    faults = [fault_of(reply) for reply in replies]
+    usable = [reply for reply, fault in zip(replies, faults, strict=True) if fault is None]
+    said = [fault for reply, fault in zip(replies, faults, strict=True) if fault and not is_made_up(reply)]
+    names = Counter(_metric_names(reply) for reply in usable)
+    if len(names) > 1:  # Flower averages only replies whose metrics have the same names
+        common = names.most_common(1)[0][0]
+        said += ["the names of the metrics differ from the other devices'"] * (len(usable) - names[common])
+        usable = [reply for reply in usable if _metric_names(reply) == common]
+    return usable, tuple(said)
+
+
+def _metric_names(reply: Message) -> frozenset[str]:
+    return frozenset(name for record in reply.content.metric_records.values() for name in record)
+
+
 def _fault(reply: Message, model: GlobalModel) -> str | None:
     """Why a train reply cannot be aggregated, or None."""
-    if reply.has_error():
-        return reply.error.reason or f"error {reply.error.code}"
+    if (fault := _metrics_fault(reply)) is not None:
+        return fault
     arrays = list(reply.content.array_records.values())
-    metrics = list(reply.content.metric_records.values())
-    if len(arrays) != 1 or len(metrics) != 1:
-        return f"expected one ArrayRecord and one MetricRecord, got {len(arrays)} and {len(metrics)}"
+    if len(arrays) != 1:
+        return f"expected one ArrayRecord, got {len(arrays)}"
     expected = {name: model.arrays[name].shape for name in model.trainable | model.buffers}
     if {name: tuple(array.shape) for name, array in arrays[0].items()} != expected:
         return "the update's names or shapes are not the model's"
+    return None
+
+
+def _metrics_fault(reply: Message) -> str | None:
+    """Why a reply's metrics cannot be averaged, or None."""
+    if reply.has_error():
+        return reply.error.reason or f"error {reply.error.code}"
+    metrics = list(reply.content.metric_records.values())
+    if len(metrics) != 1:
+        return f"expected one MetricRecord, got {len(metrics)}"
     weight = metrics[0].get(WEIGHT_KEY)
     if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight > 0):
         return f"the weight {WEIGHT_KEY} must be a positive number, got {weight!r}"

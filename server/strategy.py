@@ -77,7 +77,7 @@ def restore_strategy(strategy: Strategy, state: Mapping[str, np.ndarray]) -> Non
     """
     grouped: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name in sorted(state):
-        attribute, shape, _, entry = name.split("/", 3)
+        attribute, shape, _, entry = (*name.split("/", 3), "", "", "")[:4]
         grouped.setdefault((attribute, shape), {})[entry] = state[name]
     for (attribute, shape), entries in grouped.items():
         if not hasattr(strategy, attribute):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Self
 
 from flwr.app import Context, Message, RecordDict
@@ -31,6 +34,8 @@ from propolis.server.flower import (
 
 LoadApp = Callable[[], ClientApp]
 
+_START_DEADLINE_S = 20.0
+
 
 class LocalGrid(Grid):
     """Simulated devices behind Flower's Grid interface.
@@ -49,7 +54,7 @@ class LocalGrid(Grid):
 
     def __init__(self, load_app: LoadApp, clients: int, *, workers: int = 0, run_id: int = 1) -> None:
         self._clients = clients
-        self._pending: dict[str, Message] = {}
+        self._pending: dict[str, tuple[float, Message]] = {}  # when its time is over, and the message
         self._run = make_run(run_id)
         set_identity(run_id)
         self._runner = _Pool(load_app, clients, min(workers, clients)) if workers else _Inline(load_app, clients)
@@ -86,17 +91,19 @@ class LocalGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `Grid.push_messages`."""
+        now = time.monotonic()
+        self._pending = {key: entry for key, entry in self._pending.items() if entry[0] > now}
         ids = []
         for message in messages:
             message_id = uuid.uuid4().hex
             set_message_id(message, message_id)
-            self._pending[message_id] = message
+            self._pending[message_id] = (now + message.metadata.ttl, message)
             ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """Run the devices that these messages went to, in order, and yield each reply when it is there."""
-        outgoing = [self._pending.pop(message_id) for message_id in message_ids if message_id in self._pending]
+        outgoing = [self._pending.pop(message_id)[1] for message_id in message_ids if message_id in self._pending]
         yield from self._runner.replies(outgoing)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -147,38 +154,65 @@ class _Inline:
 
 
 class _Pool:
-    """Devices in worker processes: one single-process executor each, so that a device always meets its own."""
+    """Devices in worker processes: device i always meets worker i mod workers."""
 
     def __init__(self, load_app: LoadApp, clients: int, workers: int) -> None:
-        self._workers = [
-            ProcessPoolExecutor(1, get_context("forkserver"), _start_worker, (load_app, clients))
-            for _ in range(workers)
-        ]
+        self._workers = [_Worker(load_app, clients) for _ in range(workers)]
 
     def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
-        running: list[tuple[Message, Future[bytes]]] = []
         outgoing = list(messages)
+        began = time.monotonic()
+        running = []
         for message, parts in zip(outgoing, serialized(outgoing), strict=True):
             worker = self._workers[(message.metadata.dst_node_id - 1) % len(self._workers)]
-            running.append((message, _submit(worker, b"".join(parts))))
-        for message, future in running:
+            running.append((message, worker, worker.submit(b"".join(parts))))
+        for message, worker, future in running:
+            left = began + message.metadata.ttl - time.monotonic()
             try:
-                yield message_from_bytes(future.result())
-            except BrokenProcessPool:
+                yield message_from_bytes(future.result(timeout=max(0.0, left)))
+            except (BrokenExecutor, CancelledError):
+                worker.restart(future)
                 yield unavailable_reply(message, "the worker process of this device died")
+            except TimeoutError:
+                worker.restart(future)
+                yield unavailable_reply(message, "the device did not answer in time; its worker was ended")
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.shutdown(wait=True, cancel_futures=True)
+            worker.end()
 
 
-def _submit(worker: ProcessPoolExecutor, request: bytes) -> Future[bytes]:
-    try:
-        return worker.submit(_answer_in_worker, request)
-    except BrokenProcessPool as error:  # it died earlier: the same outcome, found sooner
-        broken: Future[bytes] = Future()
-        broken.set_exception(error)
-        return broken
+class _Worker:
+    """One process with its devices; a new one takes its place when it dies or hangs."""
+
+    def __init__(self, load_app: LoadApp, clients: int) -> None:
+        self._start = partial(ProcessPoolExecutor, 1, get_context("forkserver"), _start_worker, (load_app, clients))
+        self._executor = self._start()
+        self._pid: Future[int] | None = None
+        self._futures: set[Future[bytes]] = set()
+
+    def submit(self, request: bytes) -> Future[bytes]:
+        try:
+            self._pid = self._pid or self._executor.submit(os.getpid)
+            future = self._executor.submit(_answer_in_worker, request)
+        except BrokenExecutor as error:  # it died earlier: the same outcome, found sooner
+            future = Future()
+            future.set_exception(error)
+        self._futures = {other for other in self._futures if not other.done()} | {future}
+        return future
+
+    def restart(self, failed: Future[bytes]) -> None:
+        """Replace the process, once for all the messages that it left unanswered."""
+        if failed in self._futures:
+            self.end()
+            self._executor, self._pid, self._futures = self._start(), None, set()
+
+    def end(self) -> None:
+        """End the process, busy or not: it holds nothing that anybody needs."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        with suppress(BrokenExecutor, CancelledError, TimeoutError, ProcessLookupError):
+            if self._pid is not None:
+                os.kill(self._pid.result(timeout=_START_DEADLINE_S), signal.SIGKILL)
 
 
 # A worker process serves one grid for its whole life; the executor gives its tasks no other place for state.
@@ -188,7 +222,16 @@ _worker_devices: _Devices | None = None
 def _start_worker(load_app: LoadApp, clients: int) -> None:
     global _worker_devices
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us in order
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_devices = _Devices(load_app, clients)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that it works for is gone: nobody else would."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _answer_in_worker(request: bytes) -> bytes:

@@ -10,6 +10,7 @@ import numpy as np
 from propolis.secure.errors import UsageError
 from propolis.task import Examples
 
+_LARGEST_ALPHA = 1e6  # as good as uniform; far beyond it the sampler overflows
 _FORMS = "iid, dirichlet:ALPHA, shards:CLASSES or natural"
 
 
@@ -38,7 +39,7 @@ class Partition:
         """
         kind, _, number = text.partition(":")
         try:
-            if kind == "dirichlet" and 0 < float(number) < float("inf"):
+            if kind == "dirichlet" and 0 < float(number) <= _LARGEST_ALPHA:
                 return cls("dirichlet", alpha=float(number))
             if kind == "shards" and int(number) >= 1:
                 return cls("shards", classes=int(number))

@@ -10,9 +10,22 @@ from collections.abc import Callable
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from propolis.secure.errors import UsageError
+from propolis.secure.errors import PropolisError, UsageError
 from propolis.settings import Settings
 from propolis.simulations.apps import client_app
+
+
+def require_ray(settings: Settings) -> None:
+    """Find out before a run whether Ray can run its devices.
+
+    Raises:
+        UsageError: Ray is not installed, or a device is to have more CPUs than this machine has.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("the backend ray needs Ray: pip install 'propolis[sim]'")
+    cpus = os.cpu_count() or 1
+    if "RAY_ADDRESS" not in os.environ and settings.ray_cpus > cpus:
+        raise UsageError(f"ray_cpus: a device cannot have {settings.ray_cpus:g} of this machine's {cpus} CPUs")
 
 
 def run_on_ray(settings: Settings, serve: Callable[[Grid], None], cancelled: threading.Event) -> None:
@@ -21,13 +34,11 @@ def run_on_ray(settings: Settings, serve: Callable[[Grid], None], cancelled: thr
     Args:
         settings: of the devices.
         serve: the server's whole work on the grid; what it raises is raised here.
-        cancelled: set here when the user interrupts, so that `serve` stops waiting for devices.
+        cancelled: set here when the engine has ended, so that `serve` stops waiting for devices.
 
     Raises:
-        UsageError: Ray is not installed.
+        PropolisError: the engine failed.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError("the backend ray needs Ray: pip install 'propolis[sim]'")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's new default; unset, it warns
     from flwr.simulation import run_simulation
 
@@ -47,6 +58,7 @@ def run_on_ray(settings: Settings, serve: Callable[[Grid], None], cancelled: thr
                 "init_args": {"log_to_driver": False},
             },
         )
-    except KeyboardInterrupt:
-        cancelled.set()
-        raise
+    except RuntimeError as error:
+        raise PropolisError(f"Flower's simulation engine failed: {error}") from None
+    finally:
+        cancelled.set()  # whatever ended the engine, nobody is left to wait for

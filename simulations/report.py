@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ RESULT, MODEL, CURVES, CONFIG = "result.json", "model.safetensors", "curves.png"
 
 _CURVES = {"accuracy": "tab:green", "loss": "tab:red"}
 _AXES = ("round", "MB up and down, all devices")
+_FAILURES_SHOWN = 3
 _COLUMNS = ("round", "accuracy", "loss", "up", "down", "survivors", "seconds")
 _WIDTHS = (7, 9, 8, 10, 10, 10, 8)
 
@@ -60,6 +62,8 @@ class TerminalReport:
         """Print the round's row."""
         record = state.history[-1]
         self._console.print(_row(_cells(record)), highlight=False)
+        for failure in record.failures[:_FAILURES_SHOWN]:
+            self._console.print(f"        a device failed: {failure}", style="yellow", markup=False, highlight=False)
         self._progress.update(self._bar, completed=record.round)
 
 
@@ -105,11 +109,12 @@ def write_results(out: Path, settings: Settings, state: RunState, status: str) -
     """
     out.mkdir(parents=True, exist_ok=True)
     result = result_of(settings, state, status)
+    write_atomically(out / RESULT, json.dumps(result, indent=2).encode() + b"\n")
     if state.history:
         arrays = {name: np.array(array, order="C") for name, array in state.model.arrays.items()}
         write_atomically(out / MODEL, save(arrays))
-        write_atomically(out / CURVES, _draw_curves(state.history))
-    write_atomically(out / RESULT, json.dumps(result, indent=2).encode() + b"\n")
+        if find_spec("matplotlib"):  # a device's install has none
+            write_atomically(out / CURVES, _draw_curves(state.history))
     return result
 
 

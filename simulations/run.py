@@ -16,7 +16,7 @@ from rich.console import Console
 
 from propolis.client.train import choose_device
 from propolis.secure.errors import CancelledError, StorageError, UsageError
-from propolis.server.app import FederatedRun, Observer, initial_model
+from propolis.server.app import MAY_CHANGE_ON_RESUME, FederatedRun, Observer, initial_model, run_digest
 from propolis.server.checkpoint import RunState, load_checkpoint
 from propolis.server.flower import quiet_flower
 from propolis.settings import Settings, load_settings
@@ -24,13 +24,12 @@ from propolis.simulations.apps import client_app, load_data
 from propolis.simulations.dropout import DropoutGrid
 from propolis.simulations.local import LocalGrid
 from propolis.simulations.partition import Partition
-from propolis.simulations.ray import run_on_ray
+from propolis.simulations.ray import require_ray, run_on_ray
 from propolis.simulations.report import CONFIG, CURVES, MODEL, RESULT, TerminalReport, write_config, write_results
 from propolis.task import Task
 
 CHECKPOINT = "checkpoint.safetensors"
 _FILES = (RESULT, MODEL, CURVES, CONFIG, CHECKPOINT)
-_MAY_CHANGE_ON_RESUME = {"rounds", "workers", "round_deadline", "attempts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,8 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
     torch.set_num_threads(1)  # as in the devices, so that figures do not depend on the number of cores
     quiet_flower()
     device = choose_device(settings.device)
+    if settings.backend == "ray":
+        require_ray(settings)
     task, data = load_data(settings.task, settings.data)
     Partition.parse(settings.partition).split(data.train, settings.clients, settings.seed)
     start = _starting_state(settings, options, task)
@@ -95,16 +96,18 @@ def settings_to_resume(out: Path, overrides: Mapping[str, Any]) -> Settings:
     before = load_settings(out / CONFIG)
     after = load_settings(base=before, overrides=overrides)
     changed = {key for key in Settings.model_fields if getattr(before, key) != getattr(after, key)}
-    if refused := sorted(changed - _MAY_CHANGE_ON_RESUME):
+    # The cosine reaches zero after the last round, so each round depends on how many there are.
+    may_change = MAY_CHANGE_ON_RESUME - ({"rounds"} if before.lr_schedule == "cosine" else set())
+    if refused := sorted(changed - may_change):
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in refused)
         raise UsageError(f"{flags} would make another run of {out}; start a new one without --resume")
     return after
 
 
 def _starting_state(settings: Settings, options: RunOptions, task: Task) -> RunState | None:
-    if not options.resume:
+    if not options.resume or not (options.out / CHECKPOINT).exists():  # it was stopped before the first round ended
         return None
-    state = load_checkpoint(options.out / CHECKPOINT, initial_model(settings, task))
+    state = load_checkpoint(options.out / CHECKPOINT, initial_model(settings, task), run_digest(settings))
     if state.completed > settings.rounds:
         raise UsageError(f"{options.out} has done {state.completed} rounds already, more than {settings.rounds}")
     return state
@@ -116,12 +119,12 @@ def _prepare_folder(settings: Settings, options: RunOptions) -> None:
         raise UsageError(f"{options.out} holds another run ({found[0]}); use --resume, --force or another --out")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        if not options.resume:
-            for name in found:
+        write_config(options.out, settings)  # first, so that a full disk costs the run that lies there nothing
+        for name in found:
+            if not options.resume and name != CONFIG:
                 (options.out / name).unlink()
     except OSError as error:
         raise UsageError(f"cannot write to {options.out}: {error.strerror}") from None
-    write_config(options.out, settings)
 
 
 def _report(settings: Settings, options: RunOptions, completed: int) -> TerminalReport | nullcontext[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 
 import numpy as np
 import torch
@@ -53,6 +54,8 @@ def _counting_app() -> ClientApp:
             raise ValueError("asked to")
         if config["what"] == "die":
             os._exit(9)
+        if config["what"] == "hang":
+            time.sleep(600)
         config["what"] = "changed"
         calls = context.state.metric_records.setdefault("calls", MetricRecord({"n": 0}))
         calls["n"] = int(calls["n"]) + 1  # type: ignore[arg-type]

@@ -38,6 +38,9 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
         ("codec", "dense", "'dense' is not available in this version; choose float32"),
         ("clients", 1, "min_clients is 2, but there are only 1 clients"),
         ("seed", -1, "seed: "),
+        ("rounds", True, "rounds: expected a valid integer"),
+        ("rounds", "3", "rounds: expected a valid integer"),
+        ("batch_size", 10**20, "batch_size: expected less than or equal to 2147483647"),
     ],
 )
 def test_a_value_out_of_range_is_one_clear_line(key: str, value: object, message: str) -> None:
@@ -51,8 +54,12 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read"):
         load_settings(tmp_path / "absent.toml")
     broken = tmp_path / "broken.toml"
-    broken.write_text("rounds = = 3")
-    with pytest.raises(UsageError, match="not valid TOML"):
+    for text in ("rounds = = 3", "rounds = " + "9" * 5000, "rounds = " + "[" * 5000):
+        broken.write_text(text)
+        with pytest.raises(UsageError, match="not valid TOML"):
+            load_settings(broken)
+    broken.write_text("batch-size = 1\nbatch_size = 2")
+    with pytest.raises(UsageError, match="given twice"):
         load_settings(broken)
 
 

@@ -97,9 +97,39 @@ class NanLoss(Blobs):
         return super().loss(outputs, labels) * torch.nan
 
 
+class RaisingModel(Blobs):
+    def model(self) -> nn.Module:
+        raise KeyError("layers")
+
+
+class RaisingData(Blobs):
+    def data(self) -> DataSet:
+        return 1 / 0  # type: ignore[return-value]
+
+
+class Lazy(Blobs):
+    def model(self) -> nn.Module:
+        return nn.LazyLinear(2)
+
+
+class NoEvaluation(Blobs):
+    def evaluate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        return None  # type: ignore[return-value]
+
+
+class NoLoss(Blobs):
+    def evaluate(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        return {"accuracy": 1.0}
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
+        (RaisingModel, "RaisingModel.model() fails: KeyError"),
+        (RaisingData, "RaisingData.data() fails: ZeroDivisionError"),
+        (Lazy, "must be a tensor of known shape"),
+        (NoEvaluation, "NoEvaluation.evaluate() on its first test examples fails"),
+        (NoLoss, "must return a dictionary with 'loss', got ['accuracy']"),
         (NoParameters, "NoParameters.model() has no parameters to train"),
         (Bfloat, "weight is torch.bfloat16, which cannot be averaged"),
         (NotAModel, "must return a torch.nn.Module, got str"),
@@ -178,3 +208,11 @@ def test_device_data_reads_npz(tmp_path: Path) -> None:
 
 def test_frozen_names(blobs: Blobs) -> None:
     assert frozen_names(blobs.model()) == {"0.bias"}
+
+
+def test_pixels_with_classes_are_counted_one_by_one() -> None:
+    pictures = Examples(torch.zeros(3, 4, 2, 2), torch.zeros(3, 2, 2, dtype=torch.int64))
+    model = nn.Conv2d(4, 2, 1)
+    model.weight.data.zero_()
+    model.bias.data = torch.tensor([10.0, 0.0])  # always the first class
+    assert Blobs().evaluate(model, pictures)["accuracy"] == 1.0

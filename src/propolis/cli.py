@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -105,9 +106,9 @@ def simulate_command(
         return
     from propolis.simulations.report import format_bytes
 
-    accuracy = "" if result["accuracy"] is None else f"accuracy {result['accuracy']:.4f}, "
+    figures = [f"{name} {result[name]:.4f}" for name in ("accuracy", "loss") if result[name] is not None]
     typer.echo(
-        f"{accuracy}loss {result['loss']:.4f} after {len(result['history'])} rounds in {result['seconds']:.1f} s; "
+        f"{', '.join(figures)} after {len(result['history'])} rounds in {result['seconds']:.1f} s; "
         f"{format_bytes(result['uplink_bytes'])} up, {format_bytes(result['downlink_bytes'])} down"
     )
     typer.echo(f"result.json, model.safetensors, curves.png and config.toml are in {folder}")
@@ -128,6 +129,7 @@ def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
     import click
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is as clean as Ctrl-C
     try:
         code = app(prog_name="propolis", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -139,6 +141,8 @@ def main() -> None:
         _stop(str(error), EXIT_USAGE)
     except PropolisError as error:
         _stop(str(error), EXIT_FAILURE)
+    except OSError as error:
+        _stop(f"{error.filename or 'input or output'}: {error.strerror or error}", EXIT_USAGE)
     except (KeyboardInterrupt, click.Abort):
         code = EXIT_INTERRUPTED
     sys.exit(code or 0)

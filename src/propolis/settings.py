@@ -20,21 +20,23 @@ from propolis.secure.errors import UsageError
 PROTECTIONS = ("none",)
 CODECS = ("float32",)
 
+_LARGEST = 2**31 - 1
+
 StrategyName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox"]
 
 
 class Settings(BaseModel):
     """What a federated run does. Frozen; every field has a default; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     task: str = Field("digits", description="Built-in task (digits, fashion-mnist) or MODULE:CLASS.")
     data: str | None = Field(None, description="Folder with the task's data, where the task reads one.")
-    clients: int = Field(10, ge=1, description="Number of simulated devices.")
-    rounds: int = Field(30, ge=1, description="Number of federated rounds.")
+    clients: int = Field(10, ge=1, le=_LARGEST, description="Number of simulated devices.")
+    rounds: int = Field(30, ge=1, le=_LARGEST, description="Number of federated rounds.")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the devices that train in a round.")
-    min_clients: int = Field(2, ge=1, description="Fewest devices a round may start with, and may end with.")
-    attempts: int = Field(3, ge=1, description="Times a round is tried before the run stops.")
+    min_clients: int = Field(2, ge=1, le=_LARGEST, description="Fewest devices a round may start and end with.")
+    attempts: int = Field(3, ge=1, le=_LARGEST, description="Times a round is tried before the run stops.")
     round_deadline: float = Field(3600.0, gt=0, description="Seconds that each exchange of a round may take.")
     partition: str = Field(
         "dirichlet:0.5", description="iid, dirichlet:ALPHA, shards:CLASSES or natural (by the task's users)."
@@ -46,9 +48,9 @@ class Settings(BaseModel):
     server_momentum: float = Field(0.9, ge=0, lt=1, description="Server momentum of fedavgm.")
     proximal_mu: float = Field(0.01, ge=0, description="Weight of fedprox's proximal term.")
     optimizer: Literal["sgd", "adam"] = Field("sgd", description="Optimizer on the device.")
-    epochs: int = Field(5, ge=1, description="Passes over a device's data in a round.")
-    steps: int | None = Field(None, ge=1, description="Batches in a round; takes the place of --epochs.")
-    batch_size: int = Field(32, ge=1, description="Examples in a batch.")
+    epochs: int = Field(5, ge=1, le=_LARGEST, description="Passes over a device's data in a round.")
+    steps: int | None = Field(None, ge=1, le=_LARGEST, description="Batches in a round; takes the place of --epochs.")
+    batch_size: int = Field(32, ge=1, le=_LARGEST, description="Examples in a batch.")
     lr: float = Field(0.1, gt=0, description="Learning rate on the device.")
     lr_schedule: Literal["constant", "cosine", "exponential"] = Field(
         "constant", description="How the learning rate moves over the rounds."
@@ -65,7 +67,7 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a device is lost in a round.")
     backend: Literal["local", "ray"] = Field("local", description="In this process, or Flower's engine on Ray.")
-    workers: int = Field(0, ge=0, description="Training processes of the local backend; 0 trains in this one.")
+    workers: int = Field(0, ge=0, le=16, description="Training processes of the local backend; 0 trains in this one.")
     ray_cpus: float = Field(1.0, gt=0, description="CPUs that the ray backend reserves for each device that trains.")
     protection: str = Field("none", description="How updates are protected: none.")
     codec: str = Field("float32", description="How updates are encoded: float32.")
@@ -122,13 +124,16 @@ def _read(config: Path) -> dict[str, Any]:
         values = tomllib.loads(config.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {config}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{config} is not valid TOML: {error}") from None
     return _normalized(values)
 
 
 def _normalized(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    normalized = {key.replace("-", "_"): value for key, value in values.items()}
+    if len(normalized) < len(values):
+        raise UsageError("a key is given twice, once with hyphens and once with underscores")
+    return normalized
 
 
 def _require_known(key: str, source: str) -> None:

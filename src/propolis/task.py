@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,6 +20,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from propolis.secure.errors import UsageError
 
@@ -138,13 +140,14 @@ class Task:
         The default suits classification; a regression overrides it. The model arrives in evaluation mode.
         """
         device = next(model.parameters()).device
-        loss, correct = 0.0, 0
+        loss, correct, compared = 0.0, 0, 0
         for positions in torch.split(torch.arange(len(examples)), _EVALUATION_BATCH):
             inputs, labels = examples.batch(positions, device)
             outputs = model(inputs)
             loss += float(self.loss(outputs, labels)) * len(positions)
             correct += int((outputs.argmax(dim=1) == labels).sum())
-        return {"loss": loss / len(examples), "accuracy": correct / len(examples)}
+            compared += labels.numel()  # more than one a picture where every pixel has a class
+        return {"loss": loss / len(examples), "accuracy": correct / compared}
 
     def example_input(self) -> Tensor:
         """One batch of one input, shape (1, ...): what an export traces the model with."""
@@ -169,8 +172,10 @@ def load_task(reference: str, data: str | Path | None = None) -> Task:
             raise UsageError(f"task '{reference}': {class_name} lacks the method {name}()")
     try:
         return task_class(Path(data) if data is not None else None)
-    except TypeError as error:
-        raise UsageError(f"task '{reference}': cannot make {class_name}(data): {error}") from None
+    except UsageError:
+        raise
+    except Exception as error:  # the task's own code
+        raise UsageError(f"task '{reference}': cannot make {class_name}(data): {_first_line(error)}") from None
 
 
 def _import(module_name: str, reference: str) -> Any:
@@ -178,8 +183,11 @@ def _import(module_name: str, reference: str) -> Any:
         sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises at import is the user's to see in one line
-        raise UsageError(f"task '{reference}': cannot import {module_name}: {error}") from None
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the user's own code
+        raise UsageError(f"task '{reference}': cannot import {module_name}: {error!s:.500}") from None
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -192,10 +200,13 @@ def check_task(task: Task) -> DataSet:
 
     Raises:
         UsageError: the model has nothing to train or a type that cannot travel, a data set is empty, or the loss
-            of two of the task's own examples cannot be computed.
+            or the evaluation of two of the task's own examples fails.
     """
     name = type(task).__name__
-    model, data = task.model(), task.data()
+    with _blaming(f"{name}.model()"):
+        model = task.model()
+    with _blaming(f"{name}.data()"):
+        data = task.data()
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}.model() must return a torch.nn.Module, got {type(model).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -207,27 +218,47 @@ def check_task(task: Task) -> DataSet:
         if len(examples) == 0:
             raise UsageError(f"{name}.data(): the {part} set is empty")
     _check_loss(name, task, model, data.train)
+    _check_evaluation(name, task, model, data.test)
     return data
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Turn whatever a user's code raises into one line that says where."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what} fails: {_first_line(error)}") from None
 
 
 def _check_dtypes(name: str, state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
+        if not isinstance(tensor, Tensor) or is_lazy(tensor):
+            raise UsageError(f"{name}.model(): {key} must be a tensor of known shape, got {type(tensor).__name__}")
         if tensor.dtype == torch.bfloat16 or tensor.is_complex() or tensor.is_quantized:
             raise UsageError(f"{name}.model(): {key} is {tensor.dtype}, which cannot be averaged; use float32")
 
 
 def _check_loss(name: str, task: Task, model: nn.Module, examples: Examples) -> None:
     positions = torch.arange(min(2, len(examples)))
-    try:
+    with _blaming(f"{name}: the loss of its first examples"):
         inputs, labels = examples.batch(positions, torch.device("cpu"))
         loss = task.loss(model.eval()(inputs), labels)
-    except Exception as error:  # the task's own code: say what it said, in one line
-        raise UsageError(f"{name}: the loss of its first examples fails: {_first_line(error)}") from None
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.requires_grad:
         raise UsageError(f"{name}.loss() must return a scalar tensor that depends on the model")
     if not torch.isfinite(loss):
         raise UsageError(f"{name}: the loss of its first examples is {float(loss.detach())}, expected a finite number")
 
 
-def _first_line(error: Exception) -> str:
+def _check_evaluation(name: str, task: Task, model: nn.Module, examples: Examples) -> None:
+    with _blaming(f"{name}.evaluate() on its first test examples"), torch.no_grad():
+        metrics = task.evaluate(model.eval(), examples.subset(np.arange(min(2, len(examples)))))
+        figures = {key: float(value) for key, value in metrics.items()}
+    if "loss" not in figures:
+        raise UsageError(f"{name}.evaluate() must return a dictionary with 'loss', got {sorted(figures)}")
+
+
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".removesuffix(": ")

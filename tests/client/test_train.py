@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -151,3 +152,26 @@ def test_seeds_depend_on_every_part() -> None:
     assert derive_seed("a", 1) == derive_seed("a", 1)
     assert len({derive_seed("a", 1), derive_seed("a", 2), derive_seed("b", 1), derive_seed("a1")}) == 4
     assert 0 <= derive_seed("x") < 2**63
+
+
+class Restless(Blobs):
+    """A model that carries something from one training to the next, and a loss that draws from numpy."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.register_buffer("mood", torch.zeros(1), persistent=False)
+        return model
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(outputs, labels) * float(np.random.rand() + random.random())
+
+
+def test_nothing_travels_from_one_device_to_the_next() -> None:
+    trainer = LocalTrainer(Restless(), CPU)
+    trainer.model.get_buffer("mood").fill_(9)
+    trainer.load(trainer.task.model().state_dict())
+    assert trainer.model.get_buffer("mood") == 0
+
+
+def test_tasks_that_draw_from_numpy_and_random_are_deterministic_too() -> None:
+    assert same(trained(TrainConfig(), task=Restless()), trained(TrainConfig(), task=Restless()))

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from harness import Blobs
 from propolis.client.app import Participant, hold_out, make_client_app
 from propolis.client.train import LocalTrainer
-from propolis.secure.errors import TooFewPeersError
+from propolis.secure.errors import PropolisError, TooFewPeersError
 from propolis.server.app import FederatedRun
 from propolis.server.checkpoint import RunState
 from propolis.settings import Settings
@@ -100,29 +100,37 @@ def bad(kind: str) -> Reply:
     def reply(message: Message, node_id: int) -> tuple[ArrayRecord, MetricRecord]:
         arrays, metrics = shifted(message, node_id), MetricRecord({"num-examples": 1})
         if node_id == 1:
-            if kind == "names":
-                del arrays["0.weight"]
-            elif kind == "shape":
-                arrays["0.weight"] = Array(np.zeros((1, 1), np.float32))
-            elif kind == "weight":
-                metrics["num-examples"] = -5
-            elif kind == "nan weight":
-                metrics["num-examples"] = float("nan")
-            elif kind == "no weight":
-                metrics = MetricRecord({"other": 1})
-            else:
-                raise ValueError("the device is ill")
+            spoil(kind, arrays, metrics)
         return arrays, metrics
 
     return reply
 
 
-@pytest.mark.parametrize("kind", ["names", "shape", "weight", "nan weight", "no weight", "raises"])
+def spoil(kind: str, arrays: ArrayRecord, metrics: MetricRecord) -> None:
+    if kind == "raises":
+        raise ValueError("the device is ill")
+    if kind == "names":
+        del arrays["0.weight"]
+    if kind == "shape":
+        arrays["0.weight"] = Array(np.zeros((1, 1), np.float32))
+    if kind == "no weight":
+        del metrics["num-examples"]
+    if kind == "extra metric":
+        metrics["mood"] = 0.5
+    if kind.endswith("examples"):
+        metrics["num-examples"] = {"negative examples": -5, "zero examples": 0, "nan examples": float("nan")}[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["names", "shape", "negative examples", "zero examples", "nan examples", "no weight", "extra metric", "raises"],
+)
 def test_a_faulty_device_is_a_dropped_one(kind: str) -> None:
     run = federated_run(Settings(clients=3, rounds=1))
     start = run.state.model
     state = run.run(LocalGrid(scripted_devices(bad(kind)), 3))
     assert (state.history[0].survivors, state.history[0].dropped) == (2, 1)
+    assert len(state.history[0].failures) == 1
     np.testing.assert_allclose(state.model.arrays["0.weight"], start.arrays["0.weight"] + 2.5, rtol=1e-6)
 
 
@@ -182,3 +190,15 @@ def test_sampling_depends_on_seed_and_round_only() -> None:
 
     assert asked(1) == asked(1)
     assert asked(1) != asked(2)
+
+
+def test_an_aggregate_that_is_not_finite_stops_the_run_and_keeps_the_model() -> None:
+    def reply(message: Message, node_id: int) -> tuple[ArrayRecord, MetricRecord]:
+        arrays = {name: Array(np.full_like(a.numpy(), 3e38)) for name, a in shifted(message, 0).items()}
+        return ArrayRecord(arrays), MetricRecord({"num-examples": 1})
+
+    run = federated_run(Settings(clients=2, rounds=1, strategy="fedavgm", server_lr=10.0))
+    start = run.state
+    with pytest.raises(PropolisError, match="the new model is not finite"):
+        run.run(LocalGrid(scripted_devices(reply), 2))
+    assert run.state is start

@@ -15,7 +15,7 @@ from propolis.secure.errors import StorageError, UsageError
 from propolis.server.checkpoint import RoundRecord, RunState, load_checkpoint, save_checkpoint, write_atomically
 from propolis.server.model import GlobalModel
 
-RECORD = RoundRecord(1, 0.5, 1.25, 10, 20, 3, 1, 0.125, 2, {"train-loss": 0.75})
+RECORD = RoundRecord(1, 0.5, 1.25, 10, 20, 3, 1, 0.125, 2, ["ill"], {"train-loss": 0.75})
 
 
 def state() -> RunState:
@@ -25,8 +25,8 @@ def state() -> RunState:
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     before = state()
-    save_checkpoint(tmp_path / "c", before)
-    after = load_checkpoint(tmp_path / "c", before.model)
+    save_checkpoint(tmp_path / "c", before, "run")
+    after = load_checkpoint(tmp_path / "c", before.model, "run")
     assert after.history == before.history
     assert after.completed == 1
     assert list(after.model.arrays) == list(before.model.arrays)
@@ -37,23 +37,39 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c", state())
+    save_checkpoint(tmp_path / "c", state(), "run")
     with pytest.raises(UsageError, match=r"a checkpoint of another model: 0\.bias"):
-        load_checkpoint(tmp_path / "c", GlobalModel.of(nn.Linear(2, 2)))
+        load_checkpoint(tmp_path / "c", GlobalModel.of(nn.Linear(2, 2)), "run")
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
 def test_a_cut_checkpoint_is_refused(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "c"
-    save_checkpoint(path, state())
+    save_checkpoint(path, state(), "run")
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UsageError, match="is not a whole checkpoint"):
-        load_checkpoint(path, state().model)
+        load_checkpoint(path, state().model, "run")
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    save_checkpoint(path, state(), "run")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="its contents are not those that were written"):
+        load_checkpoint(path, state().model, "run")
+
+
+def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", state(), "run")
+    with pytest.raises(UsageError, match="a run with other settings"):
+        load_checkpoint(tmp_path / "c", state().model, "another run")
 
 
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no checkpoint at"):
-        load_checkpoint(tmp_path / "absent", state().model)
+        load_checkpoint(tmp_path / "absent", state().model, "run")
 
 
 def test_a_full_disk_leaves_the_previous_file_whole(tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from harness import COUNTING_APP
+from propolis.server.exchange import exchange
 from propolis.simulations.dropout import DropoutGrid
 from propolis.simulations.local import LocalGrid
 
@@ -58,8 +62,40 @@ def test_a_worker_that_dies_costs_its_devices_and_no_wait() -> None:
         began = time.monotonic()
         replies = ask(grid, [1, 2], "die")
         assert [reply.error.reason for reply in replies] == ["the worker process of this device died"] * 2
-        assert [reply.has_error() for reply in ask(grid, [3])] == [True]
+        assert numbers(ask(grid, [3]), "calls") == [1]  # another process has taken its place
         assert time.monotonic() - began < 60
+
+
+def test_a_device_that_hangs_costs_one_deadline_and_its_worker() -> None:
+    with LocalGrid(COUNTING_APP, 2, workers=2) as grid:
+        ask(grid, [1, 2])
+        content = RecordDict({"config": ConfigRecord({"what": "hang"})})
+        began = time.monotonic()
+        (reply,) = exchange(grid, [Message(content, dst_node_id=1, message_type="train")], timeout=1.0)
+        assert reply.error.reason == "the device did not answer in time; its worker was ended"
+        assert time.monotonic() - began < 30
+        assert numbers(ask(grid, [1]), "calls") == [1]
+        assert numbers(ask(grid, [2]), "calls") == [2]
+
+
+def test_workers_end_with_the_process_that_they_work_for() -> None:
+    code = (
+        "import os, sys; from harness import COUNTING_APP; from propolis.simulations.local import LocalGrid\n"
+        "from flwr.app import ConfigRecord, Message, RecordDict\n"
+        "if __name__ == '__main__':\n"
+        "    grid = LocalGrid(COUNTING_APP, 1, workers=1)\n"
+        "    content = RecordDict({'config': ConfigRecord({'what': 'count'})})\n"
+        "    (reply,) = grid.send_and_receive([Message(content, dst_node_id=1, message_type='train')], timeout=60)\n"
+        "    print(reply.content.metric_records['metrics']['pid'], flush=True)\n"
+        "    os._exit(9)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    worker = int(done.stdout)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_a_device_shares_no_memory_with_the_server_or_another_device() -> None:

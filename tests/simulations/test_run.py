@@ -81,7 +81,7 @@ class StopAfter(FederatedRun):
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    settings = job(strategy=strategy, dropout=0.3, fraction=0.8, evaluate_fraction=0.5, lr_schedule="cosine")
+    settings = job(strategy=strategy, dropout=0.3, fraction=0.8, evaluate_fraction=0.5)
     simulate(settings, RunOptions(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         patch.setattr("propolis.simulations.run.FederatedRun", StopAfter)
@@ -108,6 +108,21 @@ def test_more_rounds_may_be_asked_for_when_resuming_and_nothing_else(tmp_path: P
         settings_to_resume(tmp_path / "short", {"lr": 0.5, "seed": 3})
     with pytest.raises(UsageError, match="has done 4 rounds already, more than 3"):
         simulate(longer.model_copy(update={"rounds": 3}), RunOptions(tmp_path / "short", resume=True))
+
+
+def test_a_cosine_schedule_fixes_the_number_of_rounds(tmp_path: Path) -> None:
+    simulate(job(rounds=1, lr_schedule="cosine"), RunOptions(tmp_path))
+    with pytest.raises(UsageError, match="--rounds would make another run"):
+        settings_to_resume(tmp_path, {"rounds": 2})
+
+
+def test_a_run_stopped_before_its_first_round_starts_when_resumed(tmp_path: Path) -> None:
+    simulate(job(rounds=1), RunOptions(tmp_path / "whole"))
+    simulate(job(rounds=1), RunOptions(tmp_path / "cut"))
+    for name in (CHECKPOINT, "result.json", "model.safetensors", "curves.png"):
+        (tmp_path / "cut" / name).unlink()
+    simulate(settings_to_resume(tmp_path / "cut", {}), RunOptions(tmp_path / "cut", resume=True))
+    assert model_bytes(tmp_path / "cut") == model_bytes(tmp_path / "whole")
 
 
 def test_another_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
