@@ -76,7 +76,7 @@ class Round:
         replies = self._exchange(outgoing)
         usable, failures = _sift(replies, lambda reply: _fault(reply, model))
         if len(usable) < self.min_clients:
-            why = f"; the first one said: {failures[0]}" if failures else ""
+            why = f"; one said: {failures[0]}" if failures else "; the others were lost or did not answer in time"
             raise TooFewPeersError(
                 f"round {self.number}: {len(usable)} of {len(outgoing)} devices sent a usable update, "
                 f"{self.min_clients} are needed{why}"

@@ -102,6 +102,11 @@ class RaisingModel(Blobs):
         raise KeyError("layers")
 
 
+class Exiting(Blobs):
+    def model(self) -> nn.Module:
+        raise SystemExit(0)
+
+
 class RaisingData(Blobs):
     def data(self) -> DataSet:
         return 1 / 0  # type: ignore[return-value]
@@ -125,6 +130,7 @@ class NoLoss(Blobs):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
+        (Exiting, "Exiting.model() fails: SystemExit: 0"),
         (RaisingModel, "RaisingModel.model() fails: KeyError"),
         (RaisingData, "RaisingData.data() fails: ZeroDivisionError"),
         (Lazy, "must be a tensor of known shape"),

@@ -229,7 +229,7 @@ def _blaming(what: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what} fails: {_first_line(error)}") from None
 
 
