@@ -3,11 +3,19 @@
 PropolisError
 ├── UsageError          local misuse: the caller, a file or a flag is wrong; the command line exits with 2
 │   └── StorageError    a file could not be written (disk full, no permission); what was there stays whole
+├── RefusedError        what a peer sent, or asked for, is refused; carries a `Refusal` code
+│   ├── PeerError       it is malformed, out of turn, inconsistent, or against this side's policy
+│   └── TrustError      it is not authentic: a signature, a key, a descriptor or a roster does not hold
 ├── TooFewPeersError    a round ended with fewer devices than it may
 └── CancelledError      the run was asked to stop
 
-A message says what was expected, what came and from whom, in one line.
+A message says what was expected, what came and from whom, in one line; never a key, a share or a plaintext. Only
+the code of a RefusedError crosses the wire.
 """
+
+from __future__ import annotations
+
+from enum import IntEnum
 
 
 class PropolisError(Exception):
@@ -28,3 +36,53 @@ class TooFewPeersError(PropolisError):
 
 class CancelledError(PropolisError):
     """The run was asked to stop while it waited for devices."""
+
+
+class Refusal(IntEnum):
+    """Why a peer was refused: all that an error reply says."""
+
+    MALFORMED = 1  # bytes that are no message of ours, or a field out of its bounds
+    UNPROTECTED = 2  # an exchange outside of the protocol, which would show this device's own values
+    NOT_ENROLLED = 3  # this device belongs to no federation, or to another one
+    ROSTER = 4  # missing, expired, forged or older than one already seen
+    IDENTITY = 5  # a descriptor that is forged, revoked, unknown, or the second one of its index
+    KEYS = 6  # a prekey or mask key that is forged, reused, weak or somebody else's
+    POLICY = 7  # below a floor, or above a ceiling, that is set on this device
+    STALE = 8  # a round that is not newer than one already taken part in
+    PHASE = 9  # an exchange that is not this round's next one
+    REPEATED = 10  # another request for an exchange that has been answered
+    SETS = 11  # neighbours, alive or dropped devices that are not what they must be
+    SHARES = 12  # sealed shares or their proofs that do not hold
+    MODEL = 13  # a model, or an update, whose names, shapes or types are not those announced
+    NOT_FINITE = 14  # training made the update infinite or NaN
+    WEIGHT = 15  # a weight that is not positive or exceeds the public maximum
+    REVEALS = 16  # sums over this model have been revealed as often as this device allows
+    TRAINING_FAILED = 17  # the application raised
+    STORAGE = 18  # this device's state could not be read or written
+
+    @property
+    def reason(self) -> str:
+        """The code in words, as it travels in an error reply."""
+        return self.name.lower().replace("_", "-")
+
+
+class RefusedError(PropolisError):
+    """What a peer sent is refused.
+
+    Attributes:
+        refusal: the code, the only part that may travel.
+        culprit: index of the device that cheated, where it is known to have.
+    """
+
+    def __init__(self, refusal: Refusal, message: str, culprit: int | None = None) -> None:
+        super().__init__(message)
+        self.refusal = refusal
+        self.culprit = culprit
+
+
+class PeerError(RefusedError):
+    """A peer's message is malformed, out of turn, inconsistent, or against this side's policy."""
+
+
+class TrustError(RefusedError):
+    """A peer's message is not authentic."""

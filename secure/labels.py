@@ -1,0 +1,45 @@
+"""The constants that separate one use of a key or a hash from every other.
+
+Each is the prefix of what is signed, hashed, or given to HKDF or HPKE as info (RFC 5869, section 3.2; RFC 9180,
+section 5.1). A signature made under one label verifies under no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+INVITATION = b"propolis/1 invitation"
+DESCRIPTOR = b"propolis/1 descriptor"
+ROSTER = b"propolis/1 roster"
+PREKEY = b"propolis/1 prekey"
+HELLO = b"propolis/1 hello"
+HEAD = b"propolis/1 prepare head"
+CONFIRMATION = b"propolis/1 alive set"
+ROOT_FINGERPRINT = b"propolis/1 root"
+PLAN = b"propolis/1 round plan"
+COMMITMENT = b"propolis/1 self-mask seed"
+SHARE = b"propolis/1 share"
+BOX = b"propolis/1 sealed shares"
+LEAF = b"propolis/1 merkle leaf"
+NODE = b"propolis/1 merkle node"
+PAIRWISE_MASK = b"propolis/1 pairwise mask"
+SELF_MASK = b"propolis/1 self mask"
+GRAPH = b"propolis/1 neighbour graph"
+MODEL = b"propolis/1 model"
+INPUT = b"propolis/1 shared input"
+REQUEST = b"propolis/1 request"
+ROUNDING = b"propolis/1 rounding"
+
+
+def digest(label: bytes, *parts: bytes | memoryview) -> bytes:
+    """SHA-256 over a label and the parts, each with its length in front: no two lists of parts collide."""
+    hashed = hashlib.sha256()
+    for part in (label, *parts):
+        hashed.update(len(part).to_bytes(8, "big"))
+        hashed.update(part)
+    return hashed.digest()
+
+
+def joined(label: bytes, *parts: bytes) -> bytes:
+    """A label and parts as one byte string that can be taken apart in one way only."""
+    return b"".join(len(part).to_bytes(8, "big") + part for part in (label, *parts))
