@@ -1,0 +1,1 @@
+"""Updates as vectors that can be added up: what commutes with the modular sum."""
