@@ -1,0 +1,298 @@
+"""A device between rounds: requests in, replies out, and one answer per exchange.
+
+Around `SecAggClient`, which knows one round, this keeps what outlives rounds: identity, roster, prekeys, which
+rounds were taken part in, which answers were given, how often a model's sum was revealed. It does no I/O: whoever
+holds a device loads its state, lets it answer, writes the state down, and only then sends the reply.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from propolis.secure import labels
+from propolis.secure.errors import PeerError, Refusal, TrustError
+from propolis.secure.identity import (
+    Signed,
+    TrustedRoster,
+    agreement_key,
+    announce_prekey,
+    descriptor_digest,
+    prove_presence,
+    trusted_roster,
+    verify_prekey,
+)
+from propolis.secure.ring import Vector
+from propolis.secure.secagg.client import Neighbour, Own, SecAggClient
+from propolis.secure.secagg.device_state import DeviceState
+from propolis.secure.secagg.masks import public_half
+from propolis.secure.secagg.messages import (
+    ConfirmRequest,
+    HelloReply,
+    HelloRequest,
+    NeighbourKeys,
+    PrepareRequest,
+    UnmaskRequest,
+    UploadRequest,
+    from_bytes,
+    to_bitmap,
+    to_bytes,
+)
+from propolis.secure.secagg.plan import Plan, Terms, terms_of
+from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.states import Exchange
+from propolis.secure.shamir import RandomBytes
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Upload:
+    """An update ready to be masked, and what it was made from.
+
+    Attributes:
+        shared_input: digest of the model, configuration and encoding that the server sent.
+        model: digest of the model alone.
+        vector: (d,) in the plan's ring.
+        lanes: (m,) in Z_2^64.
+        metrics: names of the last lanes.
+    """
+
+    shared_input: bytes
+    model: bytes
+    vector: Vector
+    lanes: Vector
+    metrics: tuple[str, ...]
+
+
+class Device:
+    """See the module.
+
+    Args:
+        state: what the device must not lose; changed in place.
+        policy: the data holder's own limits.
+        now: seconds since 1970.
+        random_bytes: the source of randomness.
+    """
+
+    def __init__(self, state: DeviceState, policy: Policy, now: float, random_bytes: RandomBytes = os.urandom) -> None:
+        self.state = state
+        self._policy, self._now, self._random_bytes = policy, now, random_bytes
+
+    @property
+    def terms(self) -> Terms:
+        """Of the round under way.
+
+        Raises:
+            PeerError: there is none.
+        """
+        if not self.state.plan:
+            raise PeerError(Refusal.PHASE, "no round is under way")
+        return terms_of(self.state.plan)
+
+    def rounding_seed(self) -> bytes:
+        """32 bytes that the round's encoding draws from: the same in every attempt, so that a retry adds nothing."""
+        plan = self.terms.plan
+        return labels.digest(
+            labels.ROUNDING, self.state.rounding_secret, plan.kind.to_bytes(8, "big"), plan.round.to_bytes(8, "big")
+        )
+
+    def hello(self, request: bytes) -> bytes:
+        """Take over the roster, and announce this device and a new prekey: the old one may have been given away."""
+        asked = from_bytes(HelloRequest, request)
+        self._take_roster(asked.roster)
+        self.state.prekey_number, self.state.prekey_private = self._next_number(), agreement_key()[0]
+        prekey = self._prekey()
+        proof = prove_presence(self.state.signing_key, asked.challenge, prekey)
+        return to_bytes(HelloReply(self.state.descriptor, prekey, proof))
+
+    def prepare(self, request: bytes) -> bytes:
+        """Accept a round, which ends the one before it and erases its secrets; see `SecAggClient.prepare`."""
+        asked = from_bytes(PrepareRequest, request)
+        terms = Terms(asked.plan)
+        return self._once(Exchange.PREPARE, request, terms, lambda: self._prepare(asked, terms))
+
+    def begin_upload(self, request: bytes, shared_input: bytes) -> bytes | None:
+        """Check an upload request before any training.
+
+        Returns:
+            The stored reply, when this very request has been answered; otherwise None: train, then `upload`.
+
+        Raises:
+            PeerError, TrustError: the request is refused, or one has been begun in this round.
+        """
+        asked = from_bytes(UploadRequest, request)
+        client = self._client(asked.plan_digest)
+        answer = self.state.answers.get(Exchange.UPLOAD)
+        digest = _upload_digest(request, shared_input)
+        if answer is None:
+            client.check_upload(asked)
+            self.state.begin_answer(Exchange.UPLOAD, digest)
+            return None
+        if answer.request == digest and answer.reply:
+            return answer.reply
+        # Training twice need not give the same update: what was begun once and lost is lost.
+        raise PeerError(Refusal.REPEATED, "an upload was asked for in this round before")
+
+    def upload(self, request: bytes, upload: Upload) -> bytes:
+        """Mask an update for the request that `begin_upload` accepted."""
+        asked = from_bytes(UploadRequest, request)
+        client = self._client(asked.plan_digest)
+        answer = self.state.answers.get(Exchange.UPLOAD)
+        if answer is None or answer.reply or answer.request != _upload_digest(request, upload.shared_input):
+            raise PeerError(Refusal.REPEATED, "this upload is not the one that was begun")
+        reply = client.upload(asked, upload.shared_input, upload.vector, upload.lanes, upload.metrics)
+        self.state.model = upload.model
+        self.state.round = client.to_bytes()
+        return self.state.finish_answer(Exchange.UPLOAD, to_bytes(reply))
+
+    def confirm(self, request: bytes) -> bytes:
+        """Sign who is alive, once; see `SecAggClient.confirm`."""
+        asked = from_bytes(ConfirmRequest, request)
+        client = self._client(asked.plan_digest)
+        return self._once(Exchange.CONFIRM, request, client.terms, lambda: self._keep(client, client.confirm(asked)))
+
+    def unmask(self, request: bytes) -> bytes:
+        """Reveal shares, once; see `SecAggClient.unmask`."""
+        asked = from_bytes(UnmaskRequest, request)
+        client = self._client(asked.plan_digest)
+
+        def reveal() -> bytes:
+            alive, fewest = len(asked.alive), self._policy.min_cohort
+            if client.terms.is_complete and alive < fewest:
+                raise PeerError(Refusal.POLICY, f"a sum of {alive} devices is of fewer than {fewest}")
+            reply = client.unmask(asked)
+            self._count_reveal(client.terms)
+            return self._keep(client, reply)
+
+        return self._once(Exchange.UNMASK, request, client.terms, reveal)
+
+    def _once(self, exchange: Exchange, request: bytes, terms: Terms, compute: Callable[[], bytes]) -> bytes:
+        """The answer to a request: the stored one when it was given, a new one for a new exchange, never a second."""
+        digest = labels.digest(labels.REQUEST, request)
+        answer = self.state.answers.get(exchange) if self.state.plan == terms.bytes else None
+        if answer is None:
+            reply = compute()
+            self.state.begin_answer(exchange, digest)
+            return self.state.finish_answer(exchange, reply)
+        if answer.request != digest:
+            raise PeerError(Refusal.REPEATED, f"another {exchange.label} was answered in this round")
+        if not answer.reply:
+            raise PeerError(Refusal.PHASE, f"the round has gone on since its {exchange.label}")
+        return answer.reply
+
+    def _prepare(self, asked: PrepareRequest, terms: Terms) -> bytes:
+        roster = self._accept(terms)
+        terms = terms_of(asked.plan)
+        if asked.prekey_number != self.state.prekey_number or not self.state.prekey_private:
+            raise TrustError(Refusal.KEYS, "the neighbours were given another prekey than this device's current one")
+        neighbours = [self._verified(roster, keys) for keys in asked.neighbours]
+        own = Own(
+            self.state.index,
+            descriptor_digest(self.state.descriptor),
+            self.state.signing_key.private,
+            self.state.prekey_private,
+            roster.number,
+        )
+        number = self._next_number()
+        next_private, next_public = agreement_key()
+        announced = announce_prekey(self.state.signing_key, self.state.own_descriptor, number, next_public)
+        client, reply = SecAggClient.prepare(terms, own, neighbours, announced, self._random_bytes)
+        # From here on the round before this one is closed: what could open its boxes goes.
+        self.state.begin_round(terms, client.to_bytes())
+        self.state.prekey_number, self.state.prekey_private = number, next_private
+        for neighbour in neighbours:
+            self.state.remember_peer(neighbour.index, neighbour.descriptor_digest, neighbour.prekey_number)
+        return to_bytes(reply)
+
+    def _accept(self, terms: Terms) -> TrustedRoster:
+        """Check a plan against the roster, the rounds taken part in, and the policy."""
+        plan = terms.plan
+        roster = self._roster()
+        if (plan.roster_number, plan.roster_digest) != (roster.number, roster.digest):
+            raise TrustError(Refusal.ROSTER, f"the plan is for roster {plan.roster_number}, not for {roster.number}")
+        if len(plan.cohort) != len(to_bitmap((), len(roster.roster.entries))):
+            raise PeerError(Refusal.SETS, "the cohort is no bitmap over the roster")
+        self._require_policy_of(plan)
+        terms.require_feasible()
+        for index in terms.cohort:
+            roster.require_member(index)
+        if self.state.index not in terms.cohort:
+            raise PeerError(Refusal.SETS, "this device is not in the cohort")
+        if terms.name <= self.state.last_of_run(plan.run_id):
+            raise PeerError(Refusal.STALE, f"round {plan.round}, attempt {plan.attempt} is not a new one")
+        threshold, least = terms.sharing.threshold, self._policy.min_threshold
+        if threshold < least:
+            raise PeerError(Refusal.POLICY, f"{threshold} shares are fewer than {least}")
+        return roster
+
+    def _require_policy_of(self, plan: Plan) -> None:
+        policy = self._policy
+        count = int.from_bytes(plan.cohort, "big").bit_count()
+        if count < policy.min_cohort:
+            raise PeerError(Refusal.POLICY, f"{count} devices are fewer than {policy.min_cohort}")
+        if plan.corrupted_ppm < policy.min_corrupted * 1e6 or plan.dropped_ppm < policy.min_dropped * 1e6:
+            raise PeerError(Refusal.POLICY, "the plan assumes fewer corrupted or dropped devices than this device does")
+        if policy.require_malicious and not plan.malicious:
+            raise PeerError(Refusal.POLICY, "this device asks for protection against a lying server")
+
+    def _verified(self, roster: TrustedRoster, keys: NeighbourKeys) -> Neighbour:
+        """A neighbour whose descriptor is a member's, the only one of its index, and whose prekey is fresh."""
+        descriptor = roster.descriptor(keys.descriptor)
+        digest = descriptor_digest(keys.descriptor)
+        prekey = verify_prekey(keys.prekey, descriptor)
+        peer = self.state.peers.get(descriptor.index)
+        if peer is not None and peer.descriptor_digest != digest:
+            raise TrustError(Refusal.IDENTITY, f"device {descriptor.index} comes with a second descriptor")
+        if peer is not None and prekey.number < peer.next_prekey:
+            raise TrustError(Refusal.KEYS, f"the prekey {prekey.number} of device {descriptor.index} was used before")
+        return Neighbour(descriptor.index, digest, descriptor.signing_key, prekey.public_key, prekey.number)
+
+    def _count_reveal(self, terms: Terms) -> None:
+        """Against differencing: a sum over one model is revealed a limited number of times, across all runs."""
+        allowed = self._policy.max_reveals_per_model
+        if allowed is None:
+            return
+        counted = labels.digest(labels.MODEL, self.state.model, terms.kind.name.encode())
+        if self.state.reveals.get(counted, 0) >= allowed:
+            raise PeerError(Refusal.REVEALS, f"{allowed} sums over this model were revealed, as many as allowed")
+        self.state.count_reveal(counted)
+
+    def _client(self, plan_digest: bytes) -> SecAggClient:
+        """The role in the round under way."""
+        if not self.state.round:
+            raise PeerError(Refusal.PHASE, "no round is under way")
+        client = SecAggClient.from_bytes(self.state.round, self.state.signing_key.private)
+        if client.terms.digest != plan_digest:
+            raise PeerError(Refusal.PHASE, "the request is of another round than the one under way")
+        return client
+
+    def _keep(self, client: SecAggClient, reply: object) -> bytes:
+        self.state.round = client.to_bytes()
+        return to_bytes(reply)
+
+    def _take_roster(self, signed: Signed) -> None:
+        offered = trusted_roster(self.state.root_key, signed)
+        offered.require_current(self._now)
+        known = self.state.roster and trusted_roster(self.state.root_key, self.state.roster)
+        if known and (offered.number < known.number or (offered.number == known.number and signed != known.signed)):
+            raise TrustError(Refusal.ROSTER, f"roster {offered.number} is older than {known.number}, or a second one")
+        self.state.roster = offered.signed  # one object for all the devices of a process
+
+    def _roster(self) -> TrustedRoster:
+        if self.state.roster is None:
+            raise TrustError(Refusal.ROSTER, "this device has not been given the roster")
+        roster = trusted_roster(self.state.root_key, self.state.roster)
+        roster.require_current(self._now)
+        return roster
+
+    def _next_number(self) -> int:
+        """A prekey number above all before, also for a device that was set back to an older state."""
+        return max(self.state.prekey_number + 1, int(self._now * 1000))
+
+    def _prekey(self) -> Signed:
+        public = public_half(self.state.prekey_private)
+        return announce_prekey(self.state.signing_key, self.state.own_descriptor, self.state.prekey_number, public)
+
+
+def _upload_digest(request: bytes, shared_input: bytes) -> bytes:
+    return labels.digest(labels.REQUEST, request, shared_input)

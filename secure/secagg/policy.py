@@ -1,0 +1,44 @@
+"""What a device insists on, whatever the server asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from propolis.secure.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A data holder's own limits; set on the device, never by the server.
+
+    Attributes:
+        min_cohort: fewest devices in a round.
+        min_threshold: fewest neighbours whose help it takes to unmask anything of this device.
+        min_corrupted: smallest share of corrupted devices that the sparse graph must stand.
+        min_dropped: smallest share of drop-outs that the sparse graph must stand.
+        max_weight: largest weight, in the unit of the application (mostly examples), that this device's update may
+            have; its own weight is cut down to it. None leaves it to the public maximum.
+        max_norm: largest L2 norm of this device's change to the model; a larger one is scaled down. None: any.
+        max_reveals_per_model: how often this device helps to unmask a sum over one model, for training and for
+            evaluation each, across runs. None: any number, as in a simulation.
+        require_malicious: take part only in rounds that are protected against a lying server.
+    """
+
+    min_cohort: int = 3
+    min_threshold: int = 1
+    min_corrupted: float = 0.05
+    min_dropped: float = 0.05
+    max_weight: float | None = None
+    max_norm: float | None = None
+    max_reveals_per_model: int | None = 4
+    require_malicious: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_cohort < 2 or self.min_threshold < 1:
+            raise UsageError("a policy needs min_cohort >= 2 and min_threshold >= 1")
+        if not (0 <= self.min_corrupted < 1 and 0 <= self.min_dropped < 1):
+            raise UsageError("a policy needs min_corrupted and min_dropped in [0, 1)")
+        if any(limit is not None and not limit > 0 for limit in (self.max_weight, self.max_norm)):
+            raise UsageError("a policy's max_weight and max_norm must be positive")
+        if self.max_reveals_per_model is not None and self.max_reveals_per_model < 1:
+            raise UsageError("a policy's max_reveals_per_model must be at least 1")
