@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from propolis.secure.errors import StorageError, UsageError
+from propolis.secure.errors import UsageError
 from propolis.server.model import GlobalModel
+from propolis.storage import write_atomically
 
 _FORMAT = 1
 
@@ -37,6 +36,7 @@ class RoundRecord:
         attempts: times the round was tried.
         failures: what devices that failed said, each once.
         metrics: whatever else the task and the devices reported (``train-loss``, ``device-accuracy``, ...).
+        retries: why the attempts before the last one failed.
     """
 
     round: int
@@ -50,6 +50,7 @@ class RoundRecord:
     attempts: int
     failures: Sequence[str]
     metrics: Mapping[str, float]
+    retries: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,29 +118,6 @@ def load_checkpoint(path: Path, template: GlobalModel, run: str) -> RunState:
         history,
         {name.removeprefix("strategy/"): a for name, a in tensors.items() if name.startswith("strategy/")},
     )
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, or leave it as it is.
-
-    Raises:
-        StorageError: the data could not be written.
-    """
-    temporary: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        previous = "; the previous one is whole" if path.exists() else ""
-        raise StorageError(f"cannot write {path}: {error.strerror}{previous}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:

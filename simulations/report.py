@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save
 
-from propolis.server.checkpoint import RoundRecord, RunState, write_atomically
+from propolis.server.checkpoint import RoundRecord, RunState
 from propolis.settings import Settings
+from propolis.storage import write_atomically
 
 RESULT, MODEL, CURVES, CONFIG = "result.json", "model.safetensors", "curves.png", "config.toml"
 
@@ -83,7 +84,25 @@ class LogReport:
         self._log.info("round %d of %d: %s", state.completed, self._rounds, line)
 
 
-def result_of(settings: Settings, state: RunState, status: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a run ended before its last round.
+
+    Attributes:
+        error: in one line.
+        retries: why the attempts at the round under way failed.
+    """
+
+    error: str
+    retries: tuple[str, ...]
+
+    @classmethod
+    def of(cls, error: BaseException, retries: Sequence[str]) -> Failure:
+        """From what was raised."""
+        return cls(str(error) or type(error).__name__, tuple(retries))
+
+
+def result_of(settings: Settings, state: RunState, status: str, failure: Failure | None = None) -> dict[str, Any]:
     """The content of result.json; `status` is completed, interrupted or failed."""
     history = [asdict(record) for record in state.history]
     last = history[-1] if history else {"accuracy": None, "loss": None}
@@ -92,6 +111,8 @@ def result_of(settings: Settings, state: RunState, status: str) -> dict[str, Any
         **named,
         "strategy": settings.strategy,
         "status": status,
+        "error": failure.error if failure else None,
+        "retries": list(failure.retries) if failure else [],
         "accuracy": last["accuracy"],
         "loss": last["loss"],
         "uplink_bytes": sum(record["uplink_bytes"] for record in history),
@@ -101,14 +122,16 @@ def result_of(settings: Settings, state: RunState, status: str) -> dict[str, Any
     }
 
 
-def write_results(out: Path, settings: Settings, state: RunState, status: str) -> dict[str, Any]:
+def write_results(
+    out: Path, settings: Settings, state: RunState, status: str, failure: Failure | None = None
+) -> dict[str, Any]:
     """Write result.json, the model and, where a round was completed, the curves; return the result.
 
     Raises:
         StorageError: a file could not be written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    result = result_of(settings, state, status)
+    result = result_of(settings, state, status, failure)
     write_atomically(out / RESULT, json.dumps(result, indent=2).encode() + b"\n")
     if state.history:
         arrays = {name: np.array(array, order="C") for name, array in state.model.arrays.items()}

@@ -1,0 +1,47 @@
+"""Files that are whole or absent, whatever the instant of a crash."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from propolis.secure.errors import StorageError
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` by `data`, or leave it as it is; when this returns, the data is on the disk.
+
+    Args:
+        path: the file, in a folder that exists.
+        data: its new content.
+        mode: its permissions; nobody has more at any time.
+
+    Raises:
+        StorageError: the data could not be written.
+    """
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        previous = "; the previous one is whole" if path.exists() else ""
+        raise StorageError(f"cannot write {path}: {error.strerror}{previous}") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a replacement last: the name is the folder's content, not the file's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
