@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +15,11 @@ import torch
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from propolis.secure.errors import CancelledError, PropolisError, TooFewPeersError
+from propolis.secure.errors import CancelledError, TooFewPeersError, UsageError
+from propolis.secure.identity import TrustedRoster
 from propolis.server.checkpoint import RoundRecord, RunState, save_checkpoint
 from propolis.server.exchange import MeteredGrid
+from propolis.server.grid import Protection, SecureGrid
 from propolis.server.model import GlobalModel
 from propolis.server.round import Round, Trained
 from propolis.server.strategy import make_strategy, restore_strategy, strategy_state
@@ -32,6 +35,19 @@ _NODE_POLL_S = 0.2
 
 # Settings that leave the rounds of a run as they would have been.
 MAY_CHANGE_ON_RESUME = frozenset({"rounds", "workers", "round_deadline", "attempts"})
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Who may take part in a protected run.
+
+    Attributes:
+        roster: the federation's devices, verified.
+        max_weight: largest number of examples that one of them may have; public.
+    """
+
+    roster: TrustedRoster
+    max_weight: float
 
 
 class Observer(Protocol):
@@ -56,6 +72,20 @@ def run_digest(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
+def protection_of(settings: Settings, max_weight: float) -> Protection:
+    """How the settings ask for a run's sums to be protected; the run itself tries again, with other devices."""
+    return Protection(
+        max_weight=settings.max_weight or max_weight,
+        bits=settings.bits,
+        range=settings.update_range,
+        min_clients=settings.min_clients,
+        malicious=settings.malicious,
+        corrupted=settings.assume_corrupted,
+        dropped=settings.assume_dropped,
+        attempts=1,
+    )
+
+
 class FederatedRun:
     """A whole run of a task's training over a grid.
 
@@ -63,6 +93,8 @@ class FederatedRun:
         settings: what to do.
         task: the model and its evaluation.
         test: the server's test set.
+        device: that evaluates.
+        members: of the federation, where the settings ask for protection.
         start: where to go on; the state before the first round when absent.
         checkpoint: file that is replaced after each round.
         cancelled: set by somebody else to end the run at the next exchange.
@@ -75,12 +107,17 @@ class FederatedRun:
         test: Examples,
         *,
         device: torch.device,
+        members: Members | None = None,
         start: RunState | None = None,
         checkpoint: Path | None = None,
         cancelled: threading.Event | None = None,
     ) -> None:
         self._settings, self._task, self._test = settings, task, test
+        if settings.is_protected and members is None:
+            raise UsageError(f"protection {settings.protection} needs a federation: who its members are")
+        self._members = members
         self._checkpoint = checkpoint
+        self.retries: list[str] = []
         self._observers: tuple[Observer, ...] = ()
         self._cancelled = cancelled or threading.Event()
         self._strategy = make_strategy(settings)
@@ -98,8 +135,9 @@ class FederatedRun:
         """
         self._observers = observers
         metered = MeteredGrid(grid, self._cancelled)
+        talking = self._protected(metered)
         for number in range(self.state.completed + 1, self._settings.rounds + 1):
-            self.state = self._round(metered, number)
+            self.state = self._round(metered, talking, number)
             if self._checkpoint is not None:
                 save_checkpoint(self._checkpoint, self.state, run_digest(self._settings))
             for observer in observers:
@@ -112,9 +150,27 @@ class FederatedRun:
         with torch.no_grad():
             return {k: float(v) for k, v in self._task.evaluate(self._evaluated.eval(), self._test).items()}
 
-    def _round(self, grid: MeteredGrid, number: int) -> RunState:
+    def _protected(self, grid: MeteredGrid) -> Grid:
+        """The grid that the strategy talks to: this one, or a secure one around it."""
+        if self._members is None or not self._settings.is_protected:
+            return grid
+        model = self.state.model
+        secure = SecureGrid(
+            grid,
+            self._strategy,
+            self._members.roster,
+            protection_of(self._settings, self._members.max_weight),
+            exact=model.buffers,
+            frozen=model.frozen,
+            cancelled=self._cancelled,
+        )
+        if self.state.history:
+            secure.resume_from(self.state.history[-1].metrics)
+        return secure
+
+    def _round(self, metered: MeteredGrid, grid: Grid, number: int) -> RunState:
         began = time.perf_counter()
-        uplink, downlink = grid.uplink_bytes, grid.downlink_bytes
+        uplink, downlink = metered.uplink_bytes, metered.downlink_bytes
         trained, attempts, attempt_round = self._train(grid, number)
         device_metrics = attempt_round.evaluate(trained.model) if self._settings.evaluate_fraction else {}
         central = self.evaluate(trained.model)
@@ -124,21 +180,22 @@ class FederatedRun:
             round=number,
             accuracy=metrics.pop("accuracy", None),
             loss=metrics.pop("loss", None),
-            uplink_bytes=grid.uplink_bytes - uplink,
-            downlink_bytes=grid.downlink_bytes - downlink,
+            uplink_bytes=metered.uplink_bytes - uplink,
+            downlink_bytes=metered.downlink_bytes - downlink,
             survivors=trained.survivors,
             dropped=trained.dropped,
             seconds=time.perf_counter() - began,
             attempts=attempts,
             failures=list(dict.fromkeys(trained.failures)),
             metrics=metrics,
+            retries=list(self.retries),
         )
         history = (*self.state.history, record)
         return RunState(trained.model, history, strategy_state(self._strategy))
 
-    def _train(self, grid: MeteredGrid, number: int) -> tuple[Trained, int, Round]:
+    def _train(self, grid: Grid, number: int) -> tuple[Trained, int, Round]:
         """Train a round, trying again with another sample when too few devices survive."""
-        failure: PropolisError | None = None
+        self.retries = []
         for attempt in range(self._settings.attempts):
             for observer in self._observers:
                 observer.round_started(number, attempt)
@@ -155,8 +212,8 @@ class FederatedRun:
             try:
                 return attempt_round.train(self.state.model, self._train_config()), attempt + 1, attempt_round
             except TooFewPeersError as error:
-                failure = error
-        raise TooFewPeersError(f"{failure} (tried {self._settings.attempts} times)")
+                self.retries.append(str(error))
+        raise TooFewPeersError(f"{self.retries[-1]} (tried {self._settings.attempts} times)")
 
     def _wait_for_devices(self, grid: Grid) -> tuple[int, ...]:
         deadline = time.monotonic() + self._settings.round_deadline

@@ -72,7 +72,7 @@ class GlobalModel:
         arrays = dict(self.arrays)
         for record in records:
             for name, array in record.items():
-                arrays[name] = _like(arrays.get(name), array.numpy(), name)
+                arrays[name] = like(arrays.get(name), array.numpy(), name)
         return GlobalModel(arrays, self.trainable, self.frozen)
 
 
@@ -105,7 +105,12 @@ def _part(reply: Message, names: frozenset[str]) -> Message:
     return with_content(reply, content)
 
 
-def _like(old: np.ndarray | None, new: np.ndarray, name: str) -> np.ndarray:
+def like(old: np.ndarray | None, new: np.ndarray, name: str) -> np.ndarray:
+    """`new` in the type of `old`: integers rounded to the nearest, flags set from one half on.
+
+    Raises:
+        UsageError: there is no `old`, or it has another shape.
+    """
     if old is None or old.shape != new.shape:
         expected = "no such entry" if old is None else f"shape {old.shape}"
         raise UsageError(f"the aggregate's {name} has shape {new.shape}, expected {expected}")

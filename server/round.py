@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from propolis.secure.errors import PropolisError, TooFewPeersError
 from propolis.server.exchange import Snapshot
 from propolis.server.flower import AppExitException, is_made_up
+from propolis.server.grid import Outcome
 from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY, GlobalModel, average, split_replies
 
 
@@ -73,12 +74,16 @@ class Round:
                 self.number, model.record(model.trainable), config, Snapshot(self.grid, self.node_ids)
             )
         outgoing = _with_whole_model(messages, model)
-        replies = self._exchange(outgoing)
+        try:
+            replies = self._exchange(outgoing)
+        except TooFewPeersError as error:  # a secure sum over them does not exist
+            raise TooFewPeersError(f"round {self.number}: {error}") from None
         usable, failures = _sift(replies, lambda reply: _fault(reply, model))
-        if len(usable) < self.min_clients:
+        survivors, failures = _tally(usable, failures)
+        if survivors < self.min_clients:
             why = f"; one said: {failures[0]}" if failures else "; the others were lost or did not answer in time"
             raise TooFewPeersError(
-                f"round {self.number}: {len(usable)} of {len(outgoing)} devices sent a usable update, "
+                f"round {self.number}: {survivors} of {len(outgoing)} devices sent a usable update, "
                 f"{self.min_clients} are needed{why}"
             )
         of_parameters, of_buffers = split_replies(usable, model)
@@ -91,7 +96,7 @@ class Round:
         new_model = model.updated(arrays, average(of_buffers))
         if not new_model.is_finite:
             raise PropolisError(f"round {self.number}: the new model is not finite; lower the server's learning rate")
-        return Trained(new_model, _scalars(metrics), len(usable), len(outgoing) - len(usable), failures)
+        return Trained(new_model, _scalars(metrics), survivors, len(outgoing) - survivors, failures)
 
     def evaluate(self, model: GlobalModel) -> dict[str, float]:
         """Weighted means of the metrics of `model` on a sample of the devices; empty when none answered."""
@@ -99,7 +104,10 @@ class Round:
             messages = self.strategy.configure_evaluate(
                 self.number, model.record(model.trainable), ConfigRecord(), Snapshot(self.grid, self.node_ids)
             )
-        usable, _ = _sift(self._exchange(_with_whole_model(messages, model)), _metrics_fault)
+        try:
+            usable, _ = _sift(self._exchange(_with_whole_model(messages, model)), _metrics_fault)
+        except TooFewPeersError:
+            return {}
         return _scalars(self.strategy.aggregate_evaluate(self.number, usable)) if usable else {}
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
@@ -140,6 +148,13 @@ def _sift(replies: list[Message], fault_of: Callable[[Message], str | None]) -> 
         said += ["the names of the metrics differ from the other devices'"] * (len(usable) - names[common])
         usable = [reply for reply in usable if _metric_names(reply) == common]
     return usable, tuple(said)
+
+
+def _tally(usable: list[Message], failures: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
+    """How many devices the replies are of, and what the others said: one reply may be the mean of many."""
+    outcomes = [Outcome.of(reply.content) for reply in usable]
+    said = [failure for outcome in outcomes if outcome for failure in outcome.failures]
+    return sum(outcome.survivors if outcome else 1 for outcome in outcomes), (*failures, *said)
 
 
 def _metric_names(reply: Message) -> frozenset[str]:

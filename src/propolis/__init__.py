@@ -10,7 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from propolis.client.update import secure_mod
     from propolis.secure.errors import PropolisError, UsageError
+    from propolis.server.grid import Protection, SecureGrid
+    from propolis.server.roster import load_roster
     from propolis.settings import Settings
     from propolis.simulations.local import LocalGrid
     from propolis.simulations.run import RunOptions, simulate
@@ -27,11 +30,15 @@ _HOME_OF = {
     "Examples": "propolis.task",
     "LocalGrid": "propolis.simulations.local",
     "PropolisError": "propolis.secure.errors",
+    "Protection": "propolis.server.grid",
     "RunOptions": "propolis.simulations.run",
+    "SecureGrid": "propolis.server.grid",
     "Settings": "propolis.settings",
     "Task": "propolis.task",
     "UsageError": "propolis.secure.errors",
+    "load_roster": "propolis.server.roster",
     "load_task": "propolis.task",
+    "secure_mod": "propolis.client.update",
     "simulate": "propolis.simulations.run",
 }
 
@@ -40,11 +47,15 @@ __all__ = [
     "Examples",
     "LocalGrid",
     "PropolisError",
+    "Protection",
     "RunOptions",
+    "SecureGrid",
     "Settings",
     "Task",
     "UsageError",
+    "load_roster",
     "load_task",
+    "secure_mod",
     "simulate",
 ]
 

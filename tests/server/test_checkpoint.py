@@ -12,8 +12,9 @@ from torch import nn
 
 from harness import Blobs
 from propolis.secure.errors import StorageError, UsageError
-from propolis.server.checkpoint import RoundRecord, RunState, load_checkpoint, save_checkpoint, write_atomically
+from propolis.server.checkpoint import RoundRecord, RunState, load_checkpoint, save_checkpoint
 from propolis.server.model import GlobalModel
+from propolis.storage import write_atomically
 
 RECORD = RoundRecord(1, 0.5, 1.25, 10, 20, 3, 1, 0.125, 2, ["ill"], {"train-loss": 0.75})
 
@@ -91,7 +92,7 @@ def test_a_full_disk_leaves_the_previous_file_whole(tmp_path: Path) -> None:
 def in_a_process_of_its_own(path: Path, preparation: str) -> list[str]:
     """Write NEW to `path` after some preparation, and return what was printed."""
     code = (
-        "import os, sys; from pathlib import Path; from propolis.server.checkpoint import write_atomically\n"
+        "import os, sys; from pathlib import Path; from propolis.storage import write_atomically\n"
         f"path = Path(sys.argv[1])\n{preparation}\nwrite_atomically(path, b'NEW')"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)

@@ -1,0 +1,155 @@
+"""Where a device keeps its state between messages: one change at a time, written down before its reply leaves."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from propolis.secure.errors import StorageError, UsageError
+from propolis.secure.secagg.device import Device
+from propolis.secure.secagg.device_state import DeviceState
+from propolis.secure.secagg.policy import Policy
+from propolis.storage import write_atomically
+
+T = TypeVar("T")
+
+STATE_FILE, LOCK_FILE = "device.state", "device.lock"
+_LOCK_DEADLINE_S, _LOCK_POLL_S = 30.0, 0.01
+
+# Keys of a Flower node's configuration, which is set on the device and which the server cannot change.
+FOLDER_KEY = "propolis-dir"
+_POLICY_KEYS: dict[str, str] = {
+    "propolis-min-cohort": "min_cohort",
+    "propolis-min-threshold": "min_threshold",
+    "propolis-min-corrupted": "min_corrupted",
+    "propolis-min-dropped": "min_dropped",
+    "propolis-max-weight": "max_weight",
+    "propolis-max-norm": "max_norm",
+    "propolis-max-reveals": "max_reveals_per_model",
+    "propolis-require-malicious": "require_malicious",
+}
+
+
+class DeviceStore(Protocol):
+    """A device's state and its owner's policy."""
+
+    @property
+    def policy(self) -> Policy:
+        """What the device insists on."""
+
+    def change(self, step: Callable[[Device], T]) -> T:
+        """Let the device take one step; its new state is kept before this returns, and only if nothing was raised.
+
+        Raises:
+            StorageError: the state could not be read or kept.
+        """
+
+
+class MemoryStore:
+    """State in this process, for simulated devices."""
+
+    def __init__(self, state: DeviceState, policy: Policy) -> None:
+        self._state = state
+        self._lock = threading.Lock()
+        self.policy = policy
+
+    def change(self, step: Callable[[Device], T]) -> T:
+        """See `DeviceStore.change`."""
+        with self._lock:
+            device = Device(self._state.copy(), self.policy, time.time())
+            result = step(device)
+            self._state = device.state
+            return result
+
+
+class FileStore:
+    """State in a file that only its owner may read, locked while a step is taken.
+
+    Args:
+        folder: holds the file, which `FileStore.create` made.
+        policy: what the device insists on.
+    """
+
+    def __init__(self, folder: Path, policy: Policy) -> None:
+        self._folder = folder
+        self.policy = policy
+
+    @staticmethod
+    def create(folder: Path, state: DeviceState) -> None:
+        """Write a new device's state; raises UsageError where there is one already."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (folder / STATE_FILE).exists():
+            raise UsageError(f"{folder} holds a device's state already")
+        write_atomically(folder / STATE_FILE, state.to_bytes(), mode=0o600)
+
+    def change(self, step: Callable[[Device], T]) -> T:
+        """See `DeviceStore.change`."""
+        path = self._folder / STATE_FILE
+        with _locked(self._folder / LOCK_FILE):
+            before = _read(path)
+            device = Device(DeviceState.from_bytes(before), self.policy, time.time())
+            result = step(device)
+            after = device.state.to_bytes()
+            if after != before:
+                write_atomically(path, after, mode=0o600)
+            return result
+
+
+def policy_of(node_config: Mapping[str, Any]) -> Policy:
+    """The policy in a Flower node's configuration, with `Policy`'s own values where it says nothing.
+
+    Raises:
+        UsageError: an unknown ``propolis-`` key, or a value of the wrong type or out of range.
+    """
+    given = {key: value for key, value in node_config.items() if key.startswith("propolis-") and key != FOLDER_KEY}
+    if unknown := sorted(given.keys() - _POLICY_KEYS.keys()):
+        raise UsageError(f"unknown {unknown[0]} in the node's configuration; known: {', '.join(sorted(_POLICY_KEYS))}")
+    defaults = Policy()
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = _POLICY_KEYS[key]
+        default = getattr(defaults, name)
+        kinds = (int, float) if default is None or isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise UsageError(f"{key} in the node's configuration must be a number or a flag, got {value!r}")
+        values[name] = value
+    return Policy(**values)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read the device's state at {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock among processes and threads; waiting for it ends."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot lock {path}: {error.strerror}") from None
+    try:
+        deadline = time.monotonic() + _LOCK_DEADLINE_S
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise StorageError(f"another process has kept {path} locked for {_LOCK_DEADLINE_S:g} s")
+            time.sleep(_LOCK_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)  # which also unlocks
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,180 @@
+"""The device's end of the secure sum, as a Flower mod: train, encode, mask, upload.
+
+Two lines make an existing Flower app secure: `SecureGrid` on the server, and ``ClientApp(mods=[secure_mod])`` here.
+Nothing of the device leaves it outside of the protocol: a message that does not belong to it is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+from numpy.typing import NDArray
+
+from propolis.client.state import FOLDER_KEY, DeviceStore, FileStore, policy_of
+from propolis.messages import (
+    RECORD,
+    Arrays,
+    model_digest,
+    model_in,
+    open_record,
+    protocol_record,
+    refusal_code,
+    shared_input_of,
+    without_record,
+)
+from propolis.secure.codec.update import Update, encode_update
+from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError
+from propolis.secure.secagg.device import Device, Upload
+from propolis.secure.secagg.plan import Kind, Terms
+from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.states import Exchange
+
+StoreOf = Callable[[Context], DeviceStore]
+
+_log = logging.getLogger("propolis.client")
+
+
+def node_store(context: Context) -> DeviceStore:
+    """The store of a Flower node: the folder ``propolis-dir`` of its own configuration, with the policy there."""
+    folder = context.node_config.get(FOLDER_KEY)
+    if not isinstance(folder, str) or not folder:
+        raise TrustError(Refusal.NOT_ENROLLED, f"the node's configuration names no {FOLDER_KEY}")
+    return FileStore(Path(folder), policy_of(context.node_config))
+
+
+class SecureMod:
+    """A Flower mod that answers the protocol's exchanges and lets the app train in the middle of one.
+
+    It never raises: what is wrong becomes an error reply with the code of a `Refusal`, and a line in this device's
+    own log.
+
+    Args:
+        store_of: finds the device's store for a Flower context.
+    """
+
+    def __init__(self, store_of: StoreOf = node_store) -> None:
+        self._store_of = store_of
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """See `flwr.clientapp.typing.Mod`."""
+        try:
+            exchange, request = open_record(message.content)
+            reply = self._answer(exchange, request, message, context, call_next)
+            return Message(RecordDict({RECORD: protocol_record(exchange, reply)}), reply_to=message)
+        except RefusedError as error:
+            _log.warning("refused a message: %s", error)
+            refusal = error.refusal
+        except PropolisError as error:
+            _log.error("cannot take part: %s", error)
+            refusal = Refusal.STORAGE
+        except Exception:  # a bug of ours: the device stays silent about it, but is not lost
+            _log.exception("cannot take part")
+            refusal = Refusal.STORAGE
+        return Message(Error(refusal_code(refusal), refusal.reason), reply_to=message)
+
+    def _answer(
+        self, exchange: Exchange, request: bytes, message: Message, context: Context, call_next: ClientAppCallable
+    ) -> bytes:
+        store = self._store_of(context)
+        if exchange is Exchange.UPLOAD:
+            return _upload(store, request, message, context, call_next)
+        steps: dict[Exchange, Callable[[Device], bytes]] = {
+            Exchange.HELLO: lambda device: device.hello(request),
+            Exchange.PREPARE: lambda device: device.prepare(request),
+            Exchange.CONFIRM: lambda device: device.confirm(request),
+            Exchange.UNMASK: lambda device: device.unmask(request),
+        }
+        return store.change(steps[exchange])
+
+
+secure_mod = SecureMod()
+
+
+def _upload(
+    store: DeviceStore, request: bytes, message: Message, context: Context, call_next: ClientAppCallable
+) -> bytes:
+    """Train in the app, and mask what it gives; the store is free while the app trains."""
+    content = without_record(message.content)
+    old = model_in(content)
+    model = model_digest(old)
+    shared_input = shared_input_of(content, model)
+    stored, terms, seed = store.change(
+        lambda device: (device.begin_upload(request, shared_input), device.terms, device.rounding_seed())
+    )
+    if stored is not None:
+        return stored
+    if message.metadata.message_type != terms.kind.name.lower():
+        raise PeerError(Refusal.MODEL, f"a message to {message.metadata.message_type} in a round to {terms.kind.name}")
+    _require_names(old, terms, exactly=False)
+    reply = _trained(message, context, call_next)
+    update = _within(_update_of(reply, old, terms), store.policy)
+    rng = np.random.default_rng(int.from_bytes(seed, "big"))
+    vector, lanes, metrics = encode_update(update, terms.plan.encoding, len(terms.cohort), rng)
+    upload = Upload(shared_input, model, vector, lanes, metrics)
+    return store.change(lambda device: device.upload(request, upload))
+
+
+def _trained(message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:
+    """The app's answer to the message without the protocol's record."""
+    message.content = without_record(message.content)
+    try:
+        reply = call_next(message, context)
+    except Exception as error:
+        _log.debug("the app failed", exc_info=True)
+        raise PeerError(Refusal.TRAINING_FAILED, f"the app failed: {type(error).__name__}: {error}") from None
+    if reply.has_error():
+        raise PeerError(Refusal.TRAINING_FAILED, f"the app answered error {reply.error.code}: {reply.error.reason}")
+    return reply.content
+
+
+def _update_of(reply: RecordDict, old: Arrays, terms: Terms) -> Update:
+    """What the app's reply says, as changes to the arrays that came."""
+    if len(reply.metric_records) != 1:
+        raise PeerError(Refusal.MODEL, f"expected one MetricRecord from the app, got {len(reply.metric_records)}")
+    metrics = dict(next(iter(reply.metric_records.values())))
+    weight = metrics.pop(terms.plan.encoding.weight_key, None)
+    if not isinstance(weight, (int, float)):
+        raise PeerError(Refusal.WEIGHT, f"the app's metrics have no number {terms.plan.encoding.weight_key}")
+    scalars = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+    if len(scalars) < len(metrics):
+        raise PeerError(Refusal.MODEL, "only metrics that are single numbers can be added up")
+    if terms.kind is Kind.EVALUATE:
+        return Update({}, float(weight), scalars)
+    new = model_in(reply)
+    _require_names(new, terms, exactly=True)
+    return Update({name: _change(name, new[name], old[name]) for name in new}, float(weight), scalars)
+
+
+def _within(update: Update, policy: Policy) -> Update:
+    """The update within the data holder's own limits: its weight cut down, its change scaled down."""
+    weight = update.weight if policy.max_weight is None else min(update.weight, policy.max_weight)
+    changes = update.changes
+    if policy.max_norm is not None:
+        norm = float(np.sqrt(sum(float(np.square(change, dtype=np.float64).sum()) for change in changes.values())))
+        if norm > policy.max_norm:
+            changes = {name: change * (policy.max_norm / norm) for name, change in changes.items()}
+    return replace(update, weight=weight, changes=changes)
+
+
+def _require_names(arrays: Mapping[str, NDArray[Any]], terms: Terms, *, exactly: bool) -> None:
+    planned = {*terms.plan.encoding.quantized, *terms.plan.encoding.exact}
+    if not planned <= arrays.keys() or (exactly and arrays.keys() != planned):
+        raise PeerError(Refusal.MODEL, "the names of the arrays are not those of the round's plan")
+
+
+def _change(name: str, new: NDArray[Any], old: NDArray[Any]) -> NDArray[Any]:
+    # Flower's adaptive strategies make the whole model float64, counters too; the app answers in its own types.
+    if new.shape != old.shape or (new.dtype.kind != old.dtype.kind and old.dtype.kind != "f"):
+        raise PeerError(
+            Refusal.MODEL, f"{name}: expected {old.dtype} of shape {old.shape}, got {new.dtype} of {new.shape}"
+        )
+    kind = np.result_type(np.float32, new.dtype, old.dtype)
+    change: NDArray[Any] = np.subtract(new, old, dtype=kind)
+    return change

@@ -1,0 +1,76 @@
+"""Exchanges of the secure protocol with many devices, as Flower messages."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from propolis.messages import RECORD, open_record, protocol_record, refusal_of
+from propolis.secure.errors import PeerError
+from propolis.secure.secagg.states import Exchange
+from propolis.server.exchange import exchange
+from propolis.server.flower import is_made_up
+
+
+class Channel:
+    """Asks devices and remembers what went wrong with each.
+
+    Args:
+        grid: any Flower Grid.
+        message_type: of the strategy's own messages, ``train`` or ``evaluate``: mods see no others.
+        group_id: likewise.
+        cancelled: set by somebody else to end a wait.
+
+    Attributes:
+        failures: by node id, what a device said or did wrong; those that were lost said nothing.
+    """
+
+    def __init__(self, grid: Grid, message_type: str, group_id: str, cancelled: threading.Event | None = None) -> None:
+        self._grid, self._type, self._group_id, self._cancelled = grid, message_type, group_id, cancelled
+        self.failures: dict[int, str] = {}
+
+    def ask(
+        self, asked: Exchange, bodies: Mapping[int, bytes], timeout: float, content: RecordDict | None = None
+    ) -> Iterator[tuple[int, bytes]]:
+        """Send each node its request, and yield the replies as they come.
+
+        Args:
+            asked: the exchange.
+            bodies: the protocol's bytes by node id.
+            timeout: seconds until the exchange is over.
+            content: the application's records, the same for all.
+
+        Yields:
+            Node id and the protocol's bytes.
+        """
+        messages = (self._message(asked, node_id, body, content) for node_id, body in bodies.items())
+        for reply in exchange(self._grid, messages, timeout=timeout, cancelled=self._cancelled):
+            node_id = reply.metadata.src_node_id
+            if node_id in bodies and (body := self._body(asked, node_id, reply)) is not None:
+                yield node_id, body
+
+    def _message(self, asked: Exchange, node_id: int, body: bytes, content: RecordDict | None) -> Message:
+        records = RecordDict(dict(content) if content is not None else {})
+        records[RECORD] = protocol_record(asked, body)
+        return self._grid.create_message(records, self._type, node_id, self._group_id)
+
+    def _body(self, asked: Exchange, node_id: int, reply: Message) -> bytes | None:
+        if is_made_up(reply):
+            return None
+        if reply.has_error():
+            refusal = refusal_of(reply.error.code)
+            said = refusal.reason if refusal else f"error {reply.error.code}: is secure_mod in its ClientApp?"
+            self.failures[node_id] = f"{asked.label}: {said}"
+            return None
+        try:
+            answered, body = open_record(reply.content)
+        except PeerError as error:
+            self.failures[node_id] = f"{asked.label}: {error}"
+            return None
+        if answered is not asked:
+            self.failures[node_id] = f"{asked.label}: answered {answered.label}"
+            return None
+        return body

@@ -1,0 +1,78 @@
+"""Which device of the roster is behind which Flower node, and which prekey it may be reached by next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from propolis.secure.errors import Refusal, TrustError
+from propolis.secure.identity import Signed, TrustedRoster, descriptor_digest, require_presence, verify_prekey
+from propolis.secure.secagg.messages import HelloReply, NeighbourKeys
+
+
+class Directory:
+    """What `hello` told, while it is good: a prekey is given to neighbours once.
+
+    What the neighbours would refuse a whole round for is refused here: then it costs one device the round.
+
+    Args:
+        roster: the members.
+    """
+
+    def __init__(self, roster: TrustedRoster) -> None:
+        self._roster = roster
+        self._index: dict[int, int] = {}
+        self._keys: dict[int, NeighbourKeys] = {}
+        self._descriptors: dict[int, bytes] = {}
+        self._numbers: dict[int, int] = {}
+        self._banned: set[int] = set()
+
+    def strangers(self, node_ids: Iterable[int]) -> list[int]:
+        """The nodes that must say hello before they can take part in a round."""
+        return [node_id for node_id in node_ids if node_id not in self._keys]
+
+    def take_hello(self, node_id: int, challenge: bytes, reply: HelloReply) -> None:
+        """Take a node's word on who it is, as far as its signatures hold.
+
+        Raises:
+            TrustError: its descriptor is no member's or the second one of its index, it is not there itself, or its
+                prekey is not its own, not fresh, or weak.
+        """
+        descriptor = self._roster.descriptor(reply.descriptor)
+        require_presence(descriptor, challenge, reply.prekey, reply.proof)
+        if descriptor.index in self._banned:
+            raise TrustError(Refusal.IDENTITY, f"device {descriptor.index} has cheated in this run")
+        digest = descriptor_digest(reply.descriptor)
+        if self._descriptors.setdefault(descriptor.index, digest) != digest:
+            raise TrustError(Refusal.IDENTITY, f"device {descriptor.index} comes with a second descriptor")
+        self._take(node_id, NeighbourKeys(reply.descriptor, reply.prekey))
+
+    def take_next(self, node_id: int, keys: NeighbourKeys, prekey: Signed) -> None:
+        """The prekey that a node announced for the round after this one; raises TrustError as `take_hello` does."""
+        self._take(node_id, NeighbourKeys(keys.descriptor, prekey))
+
+    def members(self, node_ids: Iterable[int]) -> dict[int, int]:
+        """Node ids by index, of those who said hello; of two nodes with one index, only the first."""
+        found: dict[int, int] = {}
+        for node_id in node_ids:
+            if node_id in self._keys:
+                found.setdefault(self._index[node_id], node_id)
+        return found
+
+    def spend(self, node_id: int) -> NeighbourKeys:
+        """A node's keys, to give to its neighbours: until it announces another prekey it must say hello again."""
+        return self._keys.pop(node_id)
+
+    def ban(self, index: int) -> None:
+        """Leave out a device that was seen to cheat, for the rest of the run."""
+        self._banned.add(index)
+        for node_id in [node_id for node_id in self._keys if self._index[node_id] == index]:
+            del self._keys[node_id]
+
+    def _take(self, node_id: int, keys: NeighbourKeys) -> None:
+        descriptor = self._roster.descriptor(keys.descriptor)
+        number = verify_prekey(keys.prekey, descriptor).number
+        if number <= self._numbers.get(descriptor.index, -1):
+            raise TrustError(Refusal.KEYS, f"device {descriptor.index} announced an old prekey")
+        self._numbers[descriptor.index] = number
+        self._index[node_id] = descriptor.index
+        self._keys[node_id] = keys

@@ -1,0 +1,143 @@
+"""One attempt at one secure round: the mirror of `propolis.client.update`.
+
+hello    who is there, with which prekey
+prepare  mask keys and sealed shares
+upload   the devices train; each masked vector is folded into one sum as it comes
+confirm  who is alive, against a lying server only
+unmask   the shares that take the sum's masks away
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from flwr.app import RecordDict
+
+from propolis.secure.errors import RefusedError, TooFewPeersError
+from propolis.secure.identity import Signed
+from propolis.secure.secagg.messages import (
+    ConfirmReply,
+    HelloReply,
+    HelloRequest,
+    PrepareReply,
+    UnmaskReply,
+    UploadReply,
+    from_bytes,
+    to_bytes,
+)
+from propolis.secure.secagg.server import SecAggServer
+from propolis.secure.secagg.states import Exchange
+from propolis.server.channel import Channel
+from propolis.server.directory import Directory
+
+
+def say_hello(channel: Channel, directory: Directory, roster: Signed, node_ids: Iterable[int], timeout: float) -> None:
+    """Learn who the nodes are that nobody knows yet; `directory` then knows those that answered well."""
+    challenge = os.urandom(32)
+    request = to_bytes(HelloRequest(roster, challenge))
+    asked = dict.fromkeys(directory.strangers(node_ids), request)
+    for node_id, body in channel.ask(Exchange.HELLO, asked, timeout):
+        _accept(channel, Exchange.HELLO, node_id, partial(_take_hello, directory, node_id, challenge, body))
+
+
+class SecureRound:
+    """See the module.
+
+    Args:
+        channel: to the devices.
+        directory: of them.
+        server: the protocol's role in this round.
+        nodes: node ids of the cohort, by index.
+        min_clients: fewest devices that a sum may be over.
+    """
+
+    def __init__(
+        self, channel: Channel, directory: Directory, server: SecAggServer, nodes: dict[int, int], min_clients: int
+    ) -> None:
+        self._channel, self._directory, self._server, self._nodes = channel, directory, server, nodes
+        self._index = {node_id: index for index, node_id in nodes.items()}
+        self._min_clients = min_clients
+
+    def prepare(self, timeout: float) -> None:
+        """Gather mask keys and sealed shares."""
+
+        def take(index: int, body: bytes) -> None:
+            reply = from_bytes(PrepareReply, body)
+            self._server.receive_prepare(index, reply)
+            self._directory.take_next(self._nodes[index], self._server.keys_of(index), reply.next_prekey)
+
+        server = self._server
+        self._exchange(
+            Exchange.PREPARE, server.terms.cohort, lambda i: to_bytes(server.prepare_request(i)), take, timeout
+        )
+        self._require(len(server.ready), "prepared")
+
+    def upload(self, content: RecordDict, timeout: float) -> None:
+        """Have the devices train on `content`, and fold what they send."""
+
+        def take(index: int, body: bytes) -> None:
+            self._server.receive_upload(index, from_bytes(UploadReply, body, self._server.largest_upload))
+
+        server = self._server
+        self._exchange(
+            Exchange.UPLOAD, server.ready, lambda i: to_bytes(server.upload_request(i)), take, timeout, content
+        )
+        self._require(len(server.alive), "sent a masked update")
+        server.close_uploads()
+
+    def confirm(self, timeout: float) -> None:
+        """Gather signatures on who is alive."""
+        server = self._server
+        request = to_bytes(server.confirm_request())
+
+        def take(index: int, body: bytes) -> None:
+            server.receive_confirm(index, from_bytes(ConfirmReply, body))
+
+        self._exchange(Exchange.CONFIRM, server.alive, lambda _: request, take, timeout)
+
+    def unmask(self, timeout: float) -> None:
+        """Gather the shares."""
+
+        def take(index: int, body: bytes) -> None:
+            self._server.receive_unmask(index, from_bytes(UnmaskReply, body))
+
+        server = self._server
+        self._exchange(Exchange.UNMASK, server.alive, lambda i: to_bytes(server.unmask_request(i)), take, timeout)
+
+    def _exchange(
+        self,
+        asked: Exchange,
+        indices: Iterable[int],
+        request_of: Callable[[int], bytes],
+        take: Callable[[int, bytes], None],
+        timeout: float,
+        content: RecordDict | None = None,
+    ) -> None:
+        bodies = {self._nodes[index]: request_of(index) for index in indices}
+        for node_id, body in self._channel.ask(asked, bodies, timeout, content):
+            _accept(self._channel, asked, node_id, partial(take, self._index[node_id], body))
+
+    def _require(self, count: int, did: str) -> None:
+        if count < self._min_clients:
+            raise TooFewPeersError(
+                f"{count} of {len(self._nodes)} devices {did}, {self._min_clients} are needed{self.said()}"
+            )
+
+    def said(self) -> str:
+        """What the devices that failed said, for a person."""
+        reasons = list(dict.fromkeys(self._channel.failures.values()))
+        return f"; one said: {reasons[0]}" if reasons else "; the others were lost or did not answer in time"
+
+
+def _take_hello(directory: Directory, node_id: int, challenge: bytes, body: bytes) -> None:
+    directory.take_hello(node_id, challenge, from_bytes(HelloReply, body))
+
+
+def _accept(channel: Channel, asked: Exchange, node_id: int, take: Callable[[], None]) -> None:
+    """Take a reply; a device whose reply is refused is a drop-out."""
+    try:
+        take()
+    except RefusedError as error:
+        channel.failures[node_id] = f"{asked.label}: {error}"

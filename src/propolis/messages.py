@@ -1,0 +1,121 @@
+"""How the secure protocol rides on Flower's messages: what server and devices must agree on besides the protocol.
+
+Every exchange is a Flower message of the strategy's own type with a ConfigRecord that names the exchange and holds
+the protocol's bytes. What else the message holds (model, configuration) is bound to the masks by its digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from propolis.secure import labels
+from propolis.secure.errors import PeerError, Refusal
+from propolis.secure.secagg.states import Exchange
+
+Arrays = dict[str, NDArray[Any]]
+
+RECORD = "propolis"
+_EXCHANGE, _BODY = "exchange", "body"
+
+# Error replies carry a `Refusal` above Flower's own codes.
+_FIRST_CODE = 1000
+
+_EXCHANGES = {exchange.label: exchange for exchange in Exchange}
+
+
+def protocol_record(exchange: Exchange, body: bytes) -> ConfigRecord:
+    """The record of one exchange: a request's, or a reply's."""
+    return ConfigRecord({_EXCHANGE: exchange.label, _BODY: body})
+
+
+def open_record(content: RecordDict) -> tuple[Exchange, bytes]:
+    """The exchange and the bytes in a message.
+
+    Raises:
+        PeerError: the message is not part of the protocol, or malformed.
+    """
+    record = content.config_records.get(RECORD)
+    if record is None:
+        raise PeerError(Refusal.UNPROTECTED, "the message is not part of a secure round")
+    exchange, body = record.get(_EXCHANGE), record.get(_BODY)
+    if not isinstance(exchange, str) or exchange not in _EXCHANGES or not isinstance(body, bytes):
+        raise PeerError(Refusal.MALFORMED, f"the message's record {RECORD} names no exchange of the protocol")
+    return _EXCHANGES[exchange], body
+
+
+def without_record(content: RecordDict) -> RecordDict:
+    """What the application put into a message; the records are the same objects."""
+    return RecordDict({name: record for name, record in content.items() if name != RECORD})
+
+
+def refusal_code(refusal: Refusal) -> int:
+    """The code of an error reply."""
+    return _FIRST_CODE + refusal
+
+
+def refusal_of(code: int) -> Refusal | None:
+    """The refusal in an error reply's code; None for Flower's own codes."""
+    try:
+        return Refusal(code - _FIRST_CODE)
+    except ValueError:
+        return None
+
+
+def model_in(content: RecordDict) -> Arrays:
+    """The arrays of a message's or reply's only ArrayRecord, as copies.
+
+    Raises:
+        PeerError: there is none or more than one, or an array is not one of real numbers.
+    """
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise PeerError(Refusal.MODEL, f"expected one ArrayRecord, got {len(records)}")
+    try:
+        arrays = {name: array.numpy() for name, array in records[0].items()}
+    except Exception:  # whatever numpy makes of a peer's bytes
+        raise PeerError(Refusal.MODEL, "an array is malformed") from None
+    if any(array.dtype.kind not in "fiub" for array in arrays.values()):
+        raise PeerError(Refusal.MODEL, "an array does not hold real numbers")
+    return arrays
+
+
+def shared_input_of(content: RecordDict, model: bytes) -> bytes:
+    """Digest of everything that the application put into a message: model, configuration, metrics.
+
+    It depends on names, types and values alone, not on the order in which they travelled.
+
+    Args:
+        content: the message's, without the protocol's record.
+        model: `model_digest` of the arrays in it.
+    """
+    parts: list[bytes] = [model]
+    for name, record in sorted(content.items()):
+        kind = type(record).__name__.encode()
+        values = [] if isinstance(record, ArrayRecord) else sorted(record.items())
+        parts += [name.encode(), kind, *(part for item in values for part in _value_parts(*item))]
+    return labels.digest(labels.INPUT, *parts)
+
+
+def model_digest(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Digest of a model: names, types, shapes and values, whatever their encoding was."""
+    parts: list[bytes | memoryview] = []
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        # A view of the array's memory: a large model is hashed where it lies.
+        parts += [
+            name.encode(),
+            array.dtype.str.encode(),
+            repr(arrays[name].shape).encode(),
+            array.reshape(-1).view(np.uint8).data,
+        ]
+    return labels.digest(labels.MODEL, *parts)
+
+
+def _value_parts(name: str, value: object) -> Iterable[bytes]:
+    kinds = [type(each).__name__ for each in value] if isinstance(value, list) else []
+    return name.encode(), repr((type(value).__name__, kinds)).encode(), repr(value).encode()

@@ -1,0 +1,87 @@
+"""What an attacker may hold: the root's and the devices' private keys, to sign whatever the test wants signed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from protocol import Cohort, Round
+
+from propolis.protos import identity_pb2, secagg_pb2
+from propolis.secure import labels
+from propolis.secure.errors import Refusal, RefusedError
+from propolis.secure.identity import Prekey, Root, Roster, Signed, SigningKey, sign
+from propolis.secure.secagg.device_state import DeviceState
+from propolis.secure.secagg.messages import Head, NeighbourKeys, to_bytes
+from propolis.secure.wire import decode
+from propolis.simulations.federation import Federation
+
+YEAR_S = 365 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Founded:
+    """A federation whose root and invitation keys the test keeps."""
+
+    root: Root
+    roster: Roster
+    invitations: tuple[SigningKey, ...]
+    federation: Federation
+
+    def cohort(self) -> Cohort:
+        return Cohort(len(self.invitations), federation=self.federation)
+
+
+def found(devices: int = 4) -> Founded:
+    root = Root(SigningKey.generate())
+    roster, keys, states = Roster(root.federation, 1, int(time.time()) + YEAR_S, ()), [], []
+    for index in range(devices):
+        roster, invitation, key = root.invite(roster, f"device-{index}")
+        keys.append(key)
+        states.append(DeviceState.enrolled(root.public_key, invitation, key))
+    federation = Federation(root.public_key, root.sign_roster(roster), tuple(states))
+    return Founded(root, roster, tuple(keys), federation)
+
+
+@contextmanager
+def refuses(refusal: Refusal, match: str | None = None) -> Iterator[None]:
+    with pytest.raises(RefusedError, match=match) as caught:
+        yield
+    assert caught.value.refusal is refusal
+
+
+def signing_key(cohort: Cohort, index: int) -> bytes:
+    return cohort.federation.devices[index].signing_key.private
+
+
+def read_head(signed: Signed) -> Head:
+    return decode(Head, signed.payload, secagg_pb2.Head)
+
+
+def signed_head(cohort: Cohort, signer: int, head: Head, label: bytes = labels.HEAD) -> Signed:
+    return sign(label, signing_key(cohort, signer), head, secagg_pb2.Head)
+
+
+def signed_prekey(cohort: Cohort, signer: int, prekey: Prekey, label: bytes = labels.PREKEY) -> Signed:
+    return sign(label, signing_key(cohort, signer), prekey, identity_pb2.Prekey)
+
+
+def prepare_with(attempt: Round, index: int, forge: Callable[[int, NeighbourKeys], Any]) -> bytes:
+    """A device's prepare request, with the keys of each neighbour replaced; None leaves it out."""
+    request = attempt.server.prepare_request(index)
+    forged = (forge(other, keys) for other, keys in zip(others(attempt, index), request.neighbours, strict=True))
+    return to_bytes(replace(request, neighbours=tuple(keys for keys in forged if keys is not None)))
+
+
+def upload_with(attempt: Round, index: int, forge: Callable[[Signed], Any]) -> bytes:
+    """A device's upload request, with the head of its first neighbour replaced."""
+    request = attempt.server.upload_request(index)
+    return to_bytes(replace(request, heads=(forge(request.heads[0]), *request.heads[1:])))
+
+
+def others(attempt: Round, index: int) -> tuple[int, ...]:
+    return attempt.terms.neighbours(index)

@@ -1,0 +1,759 @@
+"""Shares and uploads that are corrupt, misdirected or too few: what the server sorts out, and where it has to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pytest
+from attacks.insiders import read_head, signed_head
+from attacks.uniformity import looks_uniform
+from protocol import SHARED_INPUT, Cohort, Round
+
+from propolis.secure import labels
+from propolis.secure.codec.fixed_point import LANES
+from propolis.secure.envelope import seal
+from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
+from propolis.secure.graph import sharing
+from propolis.secure.identity import agreement_key
+from propolis.secure.merkle import MerkleTree
+from propolis.secure.prg import VECTOR_STREAM, Mask, apply_masks
+from propolis.secure.ring import Vector
+from propolis.secure.secagg import server as server_module
+from propolis.secure.secagg.client import SecAggClient
+from propolis.secure.secagg.device import Device
+from propolis.secure.secagg.masks import box_info, pairwise_mask, public_half, seed_commitment, self_mask
+from propolis.secure.secagg.member import records_of
+from propolis.secure.secagg.messages import (
+    BOX_BYTES,
+    RECORD_BYTES,
+    Delivery,
+    Head,
+    PrepareReply,
+    Share,
+    UnmaskReply,
+    UploadReply,
+    from_bytes,
+    to_bytes,
+)
+from propolis.secure.secagg.server import SecAggServer
+from propolis.secure.shamir import PRIME, SHARE_BYTES, combine, split
+
+# Ten devices: k = 9, t = 7, so two of the holders of every secret may fail.
+DEVICES, THRESHOLD = 10, 7
+
+Replies = dict[int, UnmaskReply]
+
+
+def uploaded(silent: Collection[int] = (), devices: int = DEVICES, **changes: Any) -> Round:
+    played = Cohort(devices).round(**changes)
+    played.prepare()
+    played.upload(silent)
+    played.server.close_uploads()
+    return played
+
+
+def replies_of(played: Round) -> Replies:
+    """The genuine shares of all who are alive."""
+    requests = {index: to_bytes(played.server.unmask_request(index)) for index in played.server.alive}
+    return {
+        index: from_bytes(UnmaskReply, played.cohort.device(index).unmask(request))
+        for index, request in requests.items()
+    }
+
+
+def summed(played: Round, replies: Replies) -> list[int]:
+    """The sum that a server in the same state makes of other shares."""
+    server = SecAggServer.from_bytes(played.server.to_bytes(), played.cohort.roster)
+    for index, reply in replies.items():
+        server.receive_unmask(index, reply)
+    return server.sum(SHARED_INPUT, threads=1)[0].tolist()
+
+
+# Corrupt shares.
+
+
+def with_value(change: Callable[[bytes], bytes]) -> Callable[[int, UnmaskReply, Replies], UnmaskReply]:
+    def corrupt(index: int, reply: UnmaskReply, replies: Replies) -> UnmaskReply:
+        return replace(reply, shares=tuple(replace(share, value=change(share.value)) for share in reply.shares))
+
+    return corrupt
+
+
+def misdirected(index: int, reply: UnmaskReply, replies: Replies) -> UnmaskReply:
+    """Another holder's genuine shares."""
+    other = {share.dealer: share for each in replies.values() if each is not reply for share in each.shares}
+    return replace(reply, shares=tuple(other[share.dealer] for share in reply.shares))
+
+
+def mixed_up(index: int, reply: UnmaskReply, replies: Replies) -> UnmaskReply:
+    """Its own shares, under other dealers' names."""
+    values = [share.value for share in reply.shares]
+    return replace(
+        reply,
+        shares=tuple(
+            replace(share, value=value) for share, value in zip(reply.shares, values[1:] + values[:1], strict=True)
+        ),
+    )
+
+
+def absent(index: int, reply: UnmaskReply, replies: Replies) -> UnmaskReply:
+    return replace(reply, shares=())
+
+
+CORRUPT: dict[str, Callable[[int, UnmaskReply, Replies], UnmaskReply]] = {
+    "one bit": with_value(lambda value: value[:-1] + bytes([value[-1] ^ 1])),
+    "first bit": with_value(lambda value: bytes([value[0] ^ 1]) + value[1:]),
+    "zero": with_value(lambda value: bytes(SHARE_BYTES)),
+    "one more than genuine": with_value(lambda value: (int.from_bytes(value, "big") + 1).to_bytes(SHARE_BYTES, "big")),
+    "congruent modulo p": with_value(lambda value: (int.from_bytes(value, "big") + PRIME).to_bytes(SHARE_BYTES, "big")),
+    "beyond the field": with_value(lambda value: b"\xff" * SHARE_BYTES),
+    "truncated": with_value(lambda value: value[:-1]),
+    "longer": with_value(lambda value: value + b"\0"),
+    "empty": with_value(lambda value: b""),
+    "misdirected": misdirected,
+    "mixed up": mixed_up,
+    "absent": absent,
+}
+
+
+@pytest.mark.parametrize("corrupt", CORRUPT.values(), ids=CORRUPT)
+def test_corrupt_shares_are_dropped_and_the_sum_is_exact(
+    corrupt: Callable[[int, UnmaskReply, Replies], UnmaskReply],
+) -> None:
+    played = uploaded()
+    genuine = replies_of(played)
+    expected = played.expected().tolist()
+    for holders in [(0, 1), (4, 7), (8, 9)]:
+        forged = {
+            index: corrupt(index, reply, genuine) if index in holders else reply for index, reply in genuine.items()
+        }
+        assert summed(played, forged) == expected
+    three = {index: corrupt(index, reply, genuine) if index < 3 else reply for index, reply in genuine.items()}
+    with pytest.raises(TooFewPeersError, match="6 shares of device 3 came, 7 are needed"):
+        summed(played, three)
+
+
+def test_any_two_corrupt_holders_of_nine_are_survived_and_any_three_are_not() -> None:
+    played = uploaded()
+    genuine, corrupt = replies_of(played), CORRUPT["one bit"]
+    expected = played.expected().tolist()
+    for holders in combinations(range(DEVICES), 2):
+        forged = {i: corrupt(i, reply, genuine) if i in holders else reply for i, reply in genuine.items()}
+        assert summed(played, forged) == expected
+    for holders in combinations(range(0, DEVICES, 2), 3):
+        forged = {i: corrupt(i, reply, genuine) if i in holders else reply for i, reply in genuine.items()}
+        with pytest.raises(TooFewPeersError):
+            summed(played, forged)
+
+
+@pytest.mark.parametrize("dropped", [0, 5, 9])
+def test_corrupt_shares_of_a_dropped_devices_key_are_dropped_too(dropped: int) -> None:
+    played = uploaded(silent=[dropped])
+    genuine = replies_of(played)
+    for holders in combinations(played.server.alive, 2):
+        forged = dict(genuine)
+        for index in holders:
+            shares = (replace(s, value=bytes(33)) if s.dealer == dropped else s for s in genuine[index].shares)
+            forged[index] = replace(genuine[index], shares=tuple(shares))
+        assert summed(played, forged) == played.expected().tolist()
+
+
+def test_each_share_is_hashed_once_however_many_are_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No search over subsets: n (n - 1) hashes and n reconstructions, with two corrupt holders as with none."""
+    played = uploaded()
+    genuine, calls = replies_of(played), {"share_hash": 0, "combine": 0}
+    for name in calls:
+        original = getattr(server_module, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+            calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(server_module, name, counted)
+    for holders in ((), (0, 1)):
+        calls.update(share_hash=0, combine=0)
+        summed(played, {i: CORRUPT["zero"](i, r, genuine) if i in holders else r for i, r in genuine.items()})
+        assert calls == {"share_hash": DEVICES * (DEVICES - 1), "combine": DEVICES}
+
+
+def test_shares_come_from_those_who_were_asked_and_for_this_round() -> None:
+    played = uploaded(silent=[9])
+    genuine = replies_of(played)
+    with pytest.raises(PeerError, match="device 9 was not asked for shares") as caught:
+        played.server.receive_unmask(9, genuine[0])
+    assert caught.value.refusal is Refusal.PHASE
+    with pytest.raises(PeerError, match="of another round") as caught:
+        played.server.receive_unmask(0, replace(genuine[0], plan_digest=bytes(32)))
+    assert caught.value.refusal is Refusal.PHASE
+    with pytest.raises(TooFewPeersError, match="0 shares of device 0 came"):
+        played.sum()
+
+
+@pytest.mark.parametrize("dealer", [0, 9, 10, 2**20 - 1])
+def test_shares_of_nobody_are_ignored(dealer: int) -> None:
+    """Of the sender itself, of one who never prepared, of a stranger."""
+    played = Cohort(11).round(cohort=range(10))
+    played.prepare(silent=[9])
+    played.upload()
+    played.server.close_uploads()
+    for index, reply in replies_of(played).items():
+        played.server.receive_unmask(index, replace(reply, shares=(*reply.shares, Share(dealer, bytes(33)))))
+    assert played.sum()[0].tolist() == played.expected().tolist()
+
+
+@pytest.mark.parametrize("length", [0, 32, 34])
+def test_a_share_of_another_length_does_not_travel(length: int) -> None:
+    reply = UnmaskReply(bytes(32), (Share(1, bytes(length)),))
+    with pytest.raises(PeerError, match=r"Share\.value") as caught:
+        from_bytes(UnmaskReply, to_bytes(reply))
+    assert caught.value.refusal is Refusal.MALFORMED
+
+
+# Thresholds.
+
+
+@pytest.mark.parametrize("devices", [4, 7, 10])
+def test_t_minus_one_shares_never_suffice(devices: int) -> None:
+    played = uploaded(devices=devices)
+    threshold, head = played.terms.sharing.threshold, played.server._members[0].head
+    assert head is not None
+    shares = [
+        (index + 1, share.value)
+        for index, reply in replies_of(played).items()
+        for share in reply.shares
+        if share.dealer == 0
+    ]
+    assert len(shares) == devices - 1
+    for few in combinations(shares, threshold - 1):
+        assert not opens(few, head, played.terms.digest)
+    for enough in combinations(shares, threshold):
+        assert opens(enough, head, played.terms.digest)
+
+
+def opens(shares: Iterable[tuple[int, bytes]], head: Head, plan: bytes) -> bool:
+    try:
+        return seed_commitment(combine(list(shares)), head.index, plan) == head.seed_commitment
+    except PeerError:
+        return False
+
+
+@pytest.mark.parametrize("missing", range(4))
+def test_the_server_needs_t_holders_of_every_secret(missing: int) -> None:
+    played = uploaded()
+    played.unmask(silent=range(missing))
+    if missing <= DEVICES - 1 - THRESHOLD:
+        assert played.sum()[0].tolist() == played.expected().tolist()
+    else:
+        with pytest.raises(TooFewPeersError, match="6 shares of device 3 came, 7 are needed"):
+            played.sum()
+
+
+@cache
+def shared(degree: int, threshold: int) -> tuple[tuple[bytes, list[bytes]], tuple[bytes, list[bytes]]]:
+    """A seed and a key, each with its shares for holders 1..k."""
+    secrets = b"seed".ljust(32), b"key".ljust(32)
+    points = range(1, degree + 1)
+    one, other = ((each, split(each, threshold, points, np.random.default_rng(0).bytes)) for each in secrets)
+    return one, other
+
+
+def recovered(secret: bytes, shares: list[bytes], holders: Collection[int], threshold: int) -> bool:
+    if not holders:
+        return False
+    chosen = [(holder + 1, shares[holder]) for holder in list(holders)[:threshold]]
+    try:
+        return combine(chosen) == secret
+    except PeerError:
+        return False
+
+
+@pytest.mark.parametrize("devices", range(4, 11))
+def test_no_split_of_the_honest_gives_both_secrets_while_2t_exceeds_k_plus_c(devices: int) -> None:
+    """Every allocation: the honest neighbours are told one of two views each, the colluders answer to both."""
+    degree, threshold = devices - 1, 2 * (devices - 1) // 3 + 1
+    assert (degree, threshold) == (sharing(devices, 0.1, 0.25).degree, sharing(devices, 0.1, 0.25).threshold)
+    seed, key = shared(degree, threshold)
+    for colluding in range(degree + 1):
+        both = False
+        for views in product((False, True), repeat=degree - colluding):
+            alive = [*range(colluding), *(colluding + place for place, view in enumerate(views) if view)]
+            dropped = [*range(colluding), *(colluding + place for place, view in enumerate(views) if not view)]
+            both |= recovered(*seed, alive, threshold) and recovered(*key, dropped, threshold)
+        assert both == (2 * threshold <= degree + colluding)
+
+
+def lied_to(played: Round, colluding: int, told_dropped: Collection[int], victim: int = 6) -> Vector:
+    """What a lying server makes of a victim's upload.
+
+    Neighbours below `colluding` answer both stories; of the others, `told_dropped` hear that the victim dropped.
+    """
+    server, seeds, keys = played.server, {}, {}
+    for index in range(victim):
+        genuine = server.unmask_request(index)
+        dropped = replace(genuine, alive=tuple(i for i in genuine.alive if i != victim), dropped=(victim,))
+        stories = [(genuine, seeds)] if index not in told_dropped else []
+        if index in told_dropped or index < colluding:
+            stories.append((dropped, keys))
+        for story, gathered in stories:
+            device = Device(deepcopy(played.cohort.federation.devices[index]), played.cohort.policy, played.cohort.now)
+            reply = from_bytes(UnmaskReply, device.unmask(to_bytes(story)))
+            gathered[index] = next(share.value for share in reply.shares if share.dealer == victim)
+    digest, request = played.terms.digest, labels.digest(labels.REQUEST, to_bytes(server.upload_request(victim)))
+    seed, key = guess(seeds), guess(keys)
+    masks = [self_mask(seed, victim, digest, SHARED_INPUT, request)]
+    for index in range(victim):
+        head = server._members[index].head
+        assert head is not None
+        masks.append(pairwise_mask(victim, key, index, head.mask_key, digest, SHARED_INPUT))
+    return unmasked(played, victim, masks)
+
+
+def guess(shares: dict[int, bytes]) -> bytes:
+    """What up to t = 5 shares give; with fewer it is nonsense."""
+    if not shares:
+        return bytes(32)
+    try:
+        return combine([(index + 1, share) for index, share in shares.items()][:5])
+    except PeerError:
+        return bytes(32)
+
+
+def unmasked(played: Round, index: int, masks: Iterable[Mask]) -> Vector:
+    state = deepcopy(played.cohort.federation.devices[index])
+    request = to_bytes(played.server.upload_request(index))
+    reply = Device(state, played.cohort.policy, played.cohort.now).begin_upload(request, SHARED_INPUT)
+    assert reply is not None
+    vector = np.frombuffer(from_bytes(UploadReply, reply).vector, "<u4").copy()
+    apply_masks(vector, [Mask(mask.seed, -mask.sign) for mask in masks], played.terms.codec.ring, VECTOR_STREAM)
+    return vector
+
+
+def with_constant_inputs() -> Round:
+    """Seven devices, k = 6, t = 5; the victim's values are all 6."""
+    played = Cohort(7).round(width=32, dimension=4096)
+    played.inputs = {index: np.full(4096, index, np.uint32) for index in range(7)}
+    played.prepare()
+    played.upload()
+    played.server.close_uploads()
+    return played
+
+
+@pytest.mark.parametrize("colluding", [0, 1, 2, 3])
+def test_a_server_that_lies_about_a_device_learns_nothing_of_it(colluding: int) -> None:
+    """2t = 10 > k + c, up to three of six: whichever way the honest neighbours are split."""
+    played = with_constant_inputs()
+    for count in range(6 - colluding + 1):
+        assert looks_uniform(lied_to(played, colluding, range(colluding, colluding + count)).tobytes())
+
+
+def test_with_one_colluder_more_than_assumed_the_lie_succeeds() -> None:
+    """c = 4 of 6 neighbours: t of each kind, and the one value of the victim lies open. The bound is tight."""
+    assert set(lied_to(with_constant_inputs(), 4, [5])) == {6}
+
+
+# Records on their way from dealer to holder.
+
+
+def refused_delivery(played: Round, change: Callable[[tuple[Delivery, ...]], tuple[Delivery, ...]]) -> RefusedError:
+    genuine, device = played.server.unmask_request(0), played.cohort.device(0)
+    before = device.state.to_bytes()
+    with pytest.raises(RefusedError) as caught:
+        device.unmask(to_bytes(replace(genuine, deliveries=change(genuine.deliveries))))
+    assert device.state.to_bytes() == before
+    assert len(from_bytes(UnmaskReply, device.unmask(to_bytes(genuine))).shares) == 9
+    return caught.value
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("place", [0, 40, BOX_BYTES - 1, BOX_BYTES, RECORD_BYTES - 1])
+def test_a_record_that_its_dealer_did_not_sign_is_refused(place: int) -> None:
+    error = refused_delivery(uploaded(), lambda d: (replace(d[0], record=flipped(d[0].record, place)), *d[1:]))
+    assert isinstance(error, TrustError)
+    assert error.refusal is Refusal.SHARES
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path[:-32],
+        lambda path: path + bytes(32),
+        lambda path: b"",
+        lambda path: path[32:64] + path[:32] + path[64:],
+        lambda path: flipped(path, 0),
+        lambda path: flipped(path, len(path) - 1),
+    ],
+)
+def test_a_record_with_a_wrong_path_is_refused(change: Callable[[bytes], bytes]) -> None:
+    error = refused_delivery(uploaded(), lambda d: (replace(d[0], path=change(d[0].path)), *d[1:]))
+    assert error.refusal is Refusal.SHARES
+
+
+@pytest.mark.parametrize("holder", [2, 9])
+def test_a_record_for_another_holder_is_refused(holder: int) -> None:
+    played = uploaded()
+    other = next(each for each in played.server.unmask_request(holder).deliveries if each.dealer == 1)
+    assert refused_delivery(played, lambda d: (other, *d[1:])).refusal is Refusal.SHARES
+
+
+def test_a_record_under_another_dealers_name_is_refused() -> None:
+    error = refused_delivery(uploaded(), lambda d: (replace(d[0], dealer=2), replace(d[1], dealer=1), *d[2:]))
+    assert error.refusal is Refusal.SHARES
+
+
+def test_a_record_that_comes_twice_is_refused() -> None:
+    error = refused_delivery(uploaded(), lambda d: (*d, d[0]))
+    assert error.refusal is Refusal.SETS
+
+
+def test_a_record_that_is_missing_is_refused() -> None:
+    for error in (refused_delivery(uploaded(), lambda d: d[1:]), refused_delivery(uploaded(), lambda d: ())):
+        assert error.refusal is Refusal.SETS
+
+
+@pytest.mark.parametrize("dealer", [0, 2**20 - 1])
+def test_a_record_of_nobody_is_refused(dealer: int) -> None:
+    error = refused_delivery(uploaded(), lambda d: (*d, replace(d[0], dealer=dealer)))
+    assert error.refusal is Refusal.SETS
+
+
+def test_a_holder_reveals_its_share_of_the_right_kind() -> None:
+    """The seed of those alive, the key of those that dropped, and of nobody both."""
+    played = Cohort(DEVICES).round()
+    played.prepare()
+    states = played.cohort.federation.devices
+    roles = [SecAggClient.from_bytes(state.round, bytes(32)) for state in states]
+    played.upload(silent=[9])
+    played.server.close_uploads()
+    replies = replies_of(played)
+    for index, reply in replies.items():
+        assert [share.dealer for share in reply.shares] == [other for other in range(DEVICES) if other != index]
+    of_nine = [(index + 1, reply.shares[-1].value) for index, reply in replies.items()]
+    assert combine(of_nine[:THRESHOLD]) == roles[9].mask_private
+    of_zero = [(i + 1, s.value) for i, reply in replies.items() for s in reply.shares if s.dealer == 0]
+    assert combine(of_zero[:THRESHOLD]) == roles[0].seed
+
+
+# Dishonest dealers.
+
+
+def dealing(played: Round, dealer: int, forge: Callable[[PrepareReply], PrepareReply]) -> None:
+    """All prepare; what the dealer sends is forged, with its own signature."""
+    played.prepare(silent=[dealer])
+    request = to_bytes(played.server.prepare_request(dealer))
+    reply = from_bytes(PrepareReply, played.cohort.device(dealer).prepare(request))
+    played.server.receive_prepare(dealer, forge(reply))
+
+
+def resigned(played: Round, dealer: int, reply: PrepareReply, deliveries: bytes = b"", **changes: Any) -> PrepareReply:
+    deliveries = deliveries or reply.deliveries
+    root = MerkleTree(records_of(deliveries)).root
+    head = replace(read_head(reply.head), deliveries_root=root, **changes)
+    return replace(reply, head=signed_head(played.cohort, dealer, head), deliveries=deliveries)
+
+
+@pytest.mark.parametrize("start", [0, BOX_BYTES - 16, BOX_BYTES, BOX_BYTES + 32], ids=["box", "tag", "seed", "key"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_two_records_that_are_bad_by_their_dealers_fault_are_made_up_for(start: int, dropped: bool) -> None:
+    """A box that does not open, or whose share is not the hashed one."""
+    played = Cohort(DEVICES).round()
+
+    def forge(reply: PrepareReply) -> PrepareReply:
+        deliveries = flipped(flipped(reply.deliveries, start), RECORD_BYTES + start)
+        return resigned(played, 5, reply, deliveries)
+
+    dealing(played, 5, forge)
+    played.upload(silent=[5] if dropped else [])
+    played.server.close_uploads()
+    played.unmask()
+    assert not played.refused
+    assert played.sum()[0].tolist() == played.expected().tolist()
+    unaffected = (start == BOX_BYTES) if dropped else (start == BOX_BYTES + 32)
+    held = [index for index in played.server.alive if 5 in played.server._members[index].shares]
+    assert ((0 not in held) and (1 not in held)) or unaffected
+
+
+def test_a_box_that_does_not_open_costs_its_own_share_only() -> None:
+    played = Cohort(DEVICES).round()
+    dealing(played, 5, lambda reply: resigned(played, 5, reply, flipped(reply.deliveries, 0)))
+    played.upload()
+    reply = from_bytes(UnmaskReply, played.cohort.device(0).unmask(to_bytes(played.server.unmask_request(0))))
+    assert [share.dealer for share in reply.shares] == [1, 2, 3, 4, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("malicious", [False, True])
+def test_a_dealer_that_shares_another_seed_than_it_signed_is_noticed(malicious: bool) -> None:
+    played = Cohort(DEVICES).round(malicious=malicious)
+    dealing(played, 5, lambda reply: resigned(played, 5, reply, seed_commitment=b"c" * 32))
+    played.upload()
+    played.server.close_uploads()
+    if malicious:
+        played.confirm()
+    played.unmask()
+    with pytest.raises(PeerError, match="device 5 shared another secret than it signed") as caught:
+        played.sum()
+    assert caught.value.refusal is Refusal.SHARES
+
+
+def test_a_dealer_that_shares_another_key_than_it_signed_is_noticed() -> None:
+    played = Cohort(DEVICES).round()
+    dealing(played, 5, lambda reply: resigned(played, 5, reply, mask_key=agreement_key()[1]))
+    played.upload(silent=[5])
+    played.server.close_uploads()
+    played.unmask()
+    with pytest.raises(PeerError, match="device 5 shared another secret than it signed") as caught:
+        played.sum()
+    assert caught.value.refusal is Refusal.SHARES
+
+
+def test_a_dealer_that_seals_shares_of_no_polynomial_is_noticed() -> None:
+    """Every share has the hash that the dealer signed, but any seven of them give another secret."""
+    played = Cohort(DEVICES).round()
+
+    def forge(reply: PrepareReply) -> PrepareReply:
+        records, holders = [], played.terms.neighbours(5)
+        descriptors = {index: labels.digest(labels.DESCRIPTOR, d.descriptor.payload) for index, d in enumerate(states)}
+        for holder in holders:
+            share = bytes([0, holder]) * 16 + b"\1"
+            info = box_info(5, descriptors[5], holder, descriptors[holder], played.terms.digest)
+            prekey = prekeys[holder]
+            hashes = [
+                server_module.share_hash(share, 5, holder, kind, played.terms.digest) for kind in (b"seed", b"key")
+            ]
+            records.append(seal(share * 2, prekey, info) + b"".join(hashes))
+        return resigned(played, 5, reply, b"".join(records))
+
+    states = played.cohort.federation.devices
+    prekeys = {i: public_half(state.prekey_private) for i, state in enumerate(states)}
+    dealing(played, 5, forge)
+    played.upload()
+    played.server.close_uploads()
+    played.unmask()
+    with pytest.raises(PeerError, match="device 5 shared another secret") as caught:
+        played.sum()
+    assert caught.value.refusal is Refusal.SHARES
+
+
+# What the server takes of a preparation.
+
+
+def reencoded(key: bytes) -> bytes:
+    """The same X25519 key in other bytes: the highest bit is ignored (RFC 7748, section 5)."""
+    return key[:-1] + bytes([key[-1] ^ 0x80])
+
+
+def head_of(played: Round, index: int) -> Head:
+    head = played.server._members[index].head
+    assert head is not None
+    return head
+
+
+def offered(dealer: int = 5) -> tuple[Round, PrepareReply]:
+    """A round of ten, nine of whom prepared, and what the last one sends."""
+    played = Cohort(DEVICES).round()
+    played.prepare(silent=[dealer])
+    request = to_bytes(played.server.prepare_request(dealer))
+    return played, from_bytes(PrepareReply, played.cohort.device(dealer).prepare(request))
+
+
+BAD_PREPARATIONS: dict[str, tuple[Callable[[Round, PrepareReply], PrepareReply], Refusal]] = {
+    "another round's": (lambda played, reply: resigned(played, 5, reply, plan_digest=bytes(32)), Refusal.KEYS),
+    "another device's": (lambda played, reply: resigned(played, 5, reply, index=4), Refusal.KEYS),
+    "signed by another": (lambda played, reply: resigned(played, 4, reply), Refusal.KEYS),
+    "another's mask key": (
+        lambda played, reply: resigned(played, 5, reply, mask_key=head_of(played, 0).mask_key),
+        Refusal.KEYS,
+    ),
+    "another's mask key in another encoding": (
+        lambda played, reply: resigned(played, 5, reply, mask_key=reencoded(head_of(played, 0).mask_key)),
+        Refusal.KEYS,
+    ),
+    "no key at all": (lambda played, reply: resigned(played, 5, reply, mask_key=bytes(32)), Refusal.KEYS),
+    "a later roster's": (lambda played, reply: resigned(played, 5, reply, roster_number=99), Refusal.ROSTER),
+    "another next prekey": (
+        lambda played, reply: replace(reply, next_prekey=played.server.keys_of(4).prekey),
+        Refusal.KEYS,
+    ),
+    "a record less": (
+        lambda played, reply: resigned(played, 5, reply, reply.deliveries[:-RECORD_BYTES]),
+        Refusal.SHARES,
+    ),
+    "a record more": (
+        lambda played, reply: resigned(played, 5, reply, reply.deliveries + bytes(RECORD_BYTES)),
+        Refusal.SHARES,
+    ),
+    "half a record": (lambda played, reply: resigned(played, 5, reply, reply.deliveries[:-1]), Refusal.SHARES),
+    "a record changed": (
+        lambda played, reply: replace(reply, deliveries=flipped(reply.deliveries, 100)),
+        Refusal.SHARES,
+    ),
+    "records exchanged": (
+        lambda played, reply: replace(
+            reply, deliveries=reply.deliveries[RECORD_BYTES:] + reply.deliveries[:RECORD_BYTES]
+        ),
+        Refusal.SHARES,
+    ),
+}
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize(("forge", "refusal"), BAD_PREPARATIONS.values(), ids=BAD_PREPARATIONS)
+def test_a_preparation_that_the_others_would_refuse_is_not_taken(
+    forge: Callable[[Round, PrepareReply], PrepareReply], refusal: Refusal, restored: bool
+) -> None:
+    played, reply = offered()
+    if restored:
+        played.server = SecAggServer.from_bytes(played.server.to_bytes(), played.cohort.roster)
+    with pytest.raises(RefusedError) as caught:
+        played.server.receive_prepare(5, forge(played, reply))
+    assert caught.value.refusal is refusal
+    assert 5 not in played.server.prepared
+    played.server.receive_prepare(5, reply)
+    assert 5 in played.server.prepared
+
+
+def test_a_device_prepares_once() -> None:
+    played, reply = offered()
+    played.server.receive_prepare(5, reply)
+    with pytest.raises(PeerError, match="has prepared already") as caught:
+        played.server.receive_prepare(5, reply)
+    assert caught.value.refusal is Refusal.REPEATED
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_preparation_after_the_first_upload_request_is_too_late(restored: bool) -> None:
+    """Some would mask for the device, others not: the sum would be noise."""
+    played, reply = offered()
+    played.server.upload_request(0)
+    if restored:
+        played.server = SecAggServer.from_bytes(played.server.to_bytes(), played.cohort.roster)
+    with pytest.raises(PeerError, match="too late") as caught:
+        played.server.receive_prepare(5, reply)
+    assert caught.value.refusal is Refusal.PHASE
+
+
+# What the server takes of an upload.
+
+
+def asked(index: int = 0) -> tuple[Round, UploadReply]:
+    """A round in which device `index` has not uploaded yet, and what it sends."""
+    played = Cohort(5).round(width=17, dimension=9, lanes=2)
+    played.prepare()
+    played.upload(silent=[index])
+    request = to_bytes(played.server.upload_request(index))
+    return played, from_bytes(UploadReply, played.masked(index, request))
+
+
+BAD_UPLOADS: dict[str, tuple[dict[str, Any], Refusal]] = {
+    "no vector": ({"vector": b""}, Refusal.MALFORMED),
+    "a byte less": ({"vector": bytes(19)}, Refusal.MALFORMED),
+    "a byte more": ({"vector": bytes(21)}, Refusal.MALFORMED),
+    "bits after the last element": ({"vector": bytes(19) + b"\x02"}, Refusal.MALFORMED),
+    "no lanes": ({"lanes": b""}, Refusal.MALFORMED),
+    "a lane less": ({"lanes": bytes(16)}, Refusal.MALFORMED),
+    "a lane more": ({"lanes": bytes(32)}, Refusal.MALFORMED),
+    "a metric more": ({"metrics": ("loss",), "lanes": bytes(32)}, Refusal.MODEL),
+    "a metric in place of a lane": ({"metrics": ("loss",)}, Refusal.MODEL),
+    "another round": ({"plan_digest": bytes(32)}, Refusal.PHASE),
+}
+
+
+@pytest.mark.parametrize(("change", "refusal"), BAD_UPLOADS.values(), ids=BAD_UPLOADS)
+def test_an_upload_that_does_not_fit_is_refused_and_changes_nothing(change: dict[str, Any], refusal: Refusal) -> None:
+    played, reply = asked()
+    before = played.server.to_bytes()
+    with pytest.raises(PeerError) as caught:
+        played.server.receive_upload(0, replace(reply, **change))
+    assert caught.value.refusal is refusal
+    assert played.server.to_bytes() == before
+    played.server.receive_upload(0, reply)
+    played.server.close_uploads()
+    played.unmask()
+    assert played.sum()[0].tolist() == played.expected().tolist()
+
+
+@pytest.mark.parametrize("change", [{"lanes": bytes(16)}, {"lanes": bytes(32)}, {"vector": b""}])
+def test_a_first_upload_that_does_not_fit_does_not_set_the_measure(change: dict[str, Any]) -> None:
+    played = Cohort(5).round()
+    played.prepare()
+    request = to_bytes(played.server.upload_request(0))
+    reply = from_bytes(UploadReply, played.masked(0, request))
+    with pytest.raises(PeerError):
+        played.server.receive_upload(0, replace(reply, **change))
+    played.upload()
+    assert played.server.alive == (0, 1, 2, 3, 4)
+
+
+def test_an_upload_counts_once() -> None:
+    played, reply = asked()
+    played.server.receive_upload(0, reply)
+    before = played.server.to_bytes()
+    for again in (reply, replace(reply, lanes=bytes(24))):
+        with pytest.raises(PeerError, match="too late, or its second one") as caught:
+            played.server.receive_upload(0, again)
+        assert caught.value.refusal is Refusal.PHASE
+    assert played.server.to_bytes() == before
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_an_upload_that_comes_after_the_close_is_discarded(restored: bool) -> None:
+    played, reply = asked()
+    played.server.close_uploads()
+    if restored:
+        played.server = SecAggServer.from_bytes(played.server.to_bytes(), played.cohort.roster)
+    with pytest.raises(PeerError, match="too late") as caught:
+        played.server.receive_upload(0, reply)
+    assert caught.value.refusal is Refusal.PHASE
+    played.unmask()
+    assert played.server.alive == (1, 2, 3, 4)
+    assert played.sum()[0].tolist() == played.expected().tolist()
+
+
+def test_an_upload_that_nobody_asked_for_is_refused() -> None:
+    _, reply = asked()
+    fresh = Cohort(5).round(width=17, dimension=9, lanes=2)
+    fresh.prepare()
+    for index in range(5):
+        with pytest.raises(PeerError, match="too late, or its second one"):
+            fresh.server.receive_upload(index, replace(reply, plan_digest=fresh.terms.digest))
+    assert fresh.server.alive == ()
+
+
+def test_metrics_have_the_same_names_everywhere() -> None:
+    played = Cohort(5).round(lanes=0)
+    played.prepare()
+    for index in range(5):
+        played.server.upload_request(index)
+    vector = played.terms.codec.ring.pack(played.terms.codec.ring.zeros(8))
+    reply = UploadReply(played.terms.digest, vector, LANES.pack(LANES.zeros(3)), ("accuracy", "loss"))
+    played.server.receive_upload(0, reply)
+    for names in (("loss", "accuracy"), ("accuracy",), ("accuracy", "loss", "loss"), (), ("accuracy", "Loss")):
+        with pytest.raises(PeerError, match="the metrics of device 1 are not the other devices'") as caught:
+            played.server.receive_upload(
+                1, replace(reply, metrics=names, lanes=LANES.pack(LANES.zeros(len(names) + 1)))
+            )
+        assert caught.value.refusal is Refusal.MODEL
+    played.server.receive_upload(1, reply)
+    assert played.server.metrics == ("accuracy", "loss")
+
+
+def test_no_metrics_are_remembered_too() -> None:
+    """After a restart as before, the first upload's names are everybody's, also when there are none."""
+    played = Cohort(5).round()
+    played.prepare()
+    played.upload(silent=[4])
+    reply = from_bytes(UploadReply, played.masked(4, to_bytes(played.server.upload_request(4))))
+    restored = SecAggServer.from_bytes(played.server.to_bytes(), played.cohort.roster)
+    before = restored.to_bytes()
+    with pytest.raises(PeerError) as caught:
+        restored.receive_upload(4, replace(reply, metrics=("loss",), lanes=reply.lanes + bytes(8)))
+    assert caught.value.refusal is Refusal.MODEL
+    assert restored.to_bytes() == before

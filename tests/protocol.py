@@ -1,0 +1,183 @@
+"""One secure round in memory: real devices and a real server role, with a place to meddle at every message."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from propolis.secure.errors import RefusedError
+from propolis.secure.identity import TrustedRoster, trusted_roster
+from propolis.secure.ring import Vector
+from propolis.secure.secagg.device import Device, Upload
+from propolis.secure.secagg.messages import (
+    ConfirmReply,
+    HelloReply,
+    HelloRequest,
+    NeighbourKeys,
+    PrepareReply,
+    UnmaskReply,
+    UploadReply,
+    from_bytes,
+    to_bitmap,
+    to_bytes,
+)
+from propolis.secure.secagg.plan import Encoding, Kind, Plan, Terms
+from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.server import SecAggServer
+from propolis.simulations.federation import Federation, make_federation
+
+T = TypeVar("T")
+# What the server sends to a device, and what the device answers, may be changed on the way: (step, index, bytes).
+Meddle = Callable[[str, int, bytes], bytes]
+
+SHARED_INPUT, MODEL = b"i" * 32, b"m" * 32
+UNLIMITED = Policy(min_cohort=2, max_reveals_per_model=None)
+
+
+def untouched(step: str, index: int, data: bytes) -> bytes:
+    return data
+
+
+class Cohort:
+    """A federation whose devices live in memory, between rounds."""
+
+    def __init__(self, devices: int, policy: Policy = UNLIMITED, federation: Federation | None = None) -> None:
+        self.federation = federation or make_federation(devices)
+        self.policy = policy
+        self.run_id = os.urandom(16)
+        self.now = time.time()
+        self.signed_roster = self.federation.roster
+
+    @property
+    def roster(self) -> TrustedRoster:
+        return trusted_roster(self.federation.root_key, self.signed_roster)
+
+    def device(self, index: int) -> Device:
+        return Device(self.federation.devices[index], self.policy, self.now)
+
+    def hello(self, index: int) -> NeighbourKeys:
+        request = HelloRequest(self.signed_roster, os.urandom(32))
+        reply = from_bytes(HelloReply, self.device(index).hello(to_bytes(request)))
+        return NeighbourKeys(reply.descriptor, reply.prekey)
+
+    def plan(self, number: int = 1, attempt: int = 0, **changes: Any) -> Plan:
+        cohort = changes.pop("cohort", range(len(self.federation.devices)))
+        encoding = Encoding(changes.pop("width", 16), 1.0, 1.0, "num-examples", ("a",), ())
+        values: dict[str, Any] = {
+            "encoding": encoding,
+            "malicious": False,
+            "run_id": self.run_id,
+            "round": number,
+            "attempt": attempt,
+            "kind": Kind.TRAIN,
+            "roster_number": self.roster.number,
+            "roster_digest": self.roster.digest,
+            "cohort": to_bitmap(list(cohort), len(self.roster.roster.entries)),
+            "corrupted_ppm": 100_000,
+            "dropped_ppm": 250_000,
+        }
+        return Plan(**{**values, **changes})
+
+    def round(self, plan: Plan | None = None, dimension: int = 8, lanes: int = 2, **changes: Any) -> Round:
+        """A round of all the devices, who say hello first."""
+        terms = Terms((plan or self.plan(**changes)).to_bytes())
+        keys = {index: self.hello(index) for index in terms.cohort}
+        return Round(self, terms, SecAggServer(terms, self.roster, keys, dimension, lanes), dimension, lanes)
+
+
+@dataclass
+class Round:
+    """One attempt at one round; `refused` says what a device refused, and why."""
+
+    cohort: Cohort
+    terms: Terms
+    server: SecAggServer
+    dimension: int
+    lanes: int
+    meddle: Meddle = untouched
+    inputs: dict[int, Vector] = field(default_factory=dict)
+    shared_inputs: dict[int, bytes] = field(default_factory=dict)
+    refused: dict[int, RefusedError] = field(default_factory=dict)
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def prepare(self, silent: Collection[int] = ()) -> None:
+        for index in self.terms.cohort:
+            if index not in silent:
+                request = to_bytes(self.server.prepare_request(index))
+                reply = self._ask("prepare", index, request, self.cohort.device(index).prepare)
+                if reply is not None:
+                    self.server.receive_prepare(index, from_bytes(PrepareReply, reply))
+
+    def upload(self, silent: Collection[int] = ()) -> None:
+        for index in self.server.prepared:
+            if index not in silent:
+                request = to_bytes(self.server.upload_request(index))
+                reply = self._ask("upload", index, request, lambda asked, i=index: self.masked(i, asked))
+                if reply is not None:
+                    self.server.receive_upload(index, from_bytes(UploadReply, reply))
+
+    def masked(self, index: int, request: bytes) -> bytes:
+        """A device's answer to an upload request: its input, drawn on first use, masked."""
+        device, shared_input = self.cohort.device(index), self.shared_inputs.get(index, SHARED_INPUT)
+        if (stored := device.begin_upload(request, shared_input)) is not None:
+            return stored
+        ring = self.terms.codec.ring
+        if index not in self.inputs:
+            drawn = self.rng.integers(0, 2 ** min(ring.width, 62), self.dimension, dtype=np.uint64)
+            self.inputs[index] = drawn.astype(ring.dtype)
+        lanes = np.arange(index, index + self.lanes, dtype=np.uint64)
+        return device.upload(request, Upload(shared_input, MODEL, self.inputs[index].copy(), lanes, ()))
+
+    def confirm(self, silent: Collection[int] = ()) -> None:
+        for index in self.server.alive:
+            if index not in silent:
+                request = to_bytes(self.server.confirm_request())
+                reply = self._ask("confirm", index, request, self.cohort.device(index).confirm)
+                if reply is not None:
+                    self.server.receive_confirm(index, from_bytes(ConfirmReply, reply))
+
+    def unmask(self, silent: Collection[int] = ()) -> None:
+        for index in self.server.alive:
+            if index not in silent:
+                request = to_bytes(self.server.unmask_request(index))
+                reply = self._ask("unmask", index, request, self.cohort.device(index).unmask)
+                if reply is not None:
+                    self.server.receive_unmask(index, from_bytes(UnmaskReply, reply))
+
+    def sum(self) -> tuple[Vector, Vector]:
+        return self.server.sum(SHARED_INPUT, threads=1)
+
+    def expected(self) -> Vector:
+        """The plain sum of the inputs of the devices that are alive."""
+        ring = self.terms.codec.ring
+        return ring.reduce(plain_sum([self.inputs[index] for index in self.server.alive], ring.zeros(self.dimension)))
+
+    def through(
+        self, prepare: Collection[int] = (), upload: Collection[int] = (), unmask: Collection[int] = ()
+    ) -> tuple[Vector, Vector]:
+        """The whole round; the arguments name who is silent from that exchange on."""
+        self.prepare(prepare)
+        self.upload(upload)
+        self.server.close_uploads()
+        if self.terms.plan.malicious:
+            self.confirm()
+        self.unmask(unmask)
+        return self.sum()
+
+    def _ask(self, step: str, index: int, request: bytes, answer: Callable[[bytes], bytes]) -> bytes | None:
+        try:
+            return self.meddle(f"{step} reply", index, answer(self.meddle(f"{step} request", index, request)))
+        except RefusedError as error:
+            self.refused[index] = error
+            return None
+
+
+def plain_sum(vectors: Iterable[Vector] | Sequence[Vector], zero: Vector) -> Vector:
+    for vector in vectors:
+        zero += vector
+    return zero
