@@ -5,13 +5,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench
+.PHONY: help demo test check bench fuzz
 
 help: ## Say what the targets do.
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-demo: $(VENV)/.demo ## Train one model on real handwritten digits over ten simulated devices.
-	$(BIN)/propolis simulate --task digits --out runs/demo --force
+demo: $(VENV)/.demo ## Train one model on real handwritten digits over ten devices, under secure aggregation.
+	$(BIN)/propolis simulate --task digits --protection secagg --out runs/demo --force
 
 test: $(VENV)/.dev ## Run the test suite.
 	$(BIN)/python -m pytest
@@ -24,6 +24,10 @@ check: $(VENV)/.dev ## Lint, types and layers.
 
 bench: $(VENV)/.dev ## Run the benchmarks (minutes).
 	$(BIN)/propolis bench simulate
+	$(BIN)/propolis bench secagg
+
+fuzz: $(VENV)/.dev ## Feed 100,000 random and mutated messages of each type to both roles (minutes).
+	PROPOLIS_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/attacks/test_fuzz.py
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, %s is %d.%d: make PYTHON=python3.11" % ("$(PYTHON)", *v))'

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid, ServerApp
 
 from propolis.client.app import Participant, hold_out, make_client_app
+from propolis.client.state import FOLDER_KEY
 from propolis.client.train import LocalTrainer, choose_device, derive_seed
+from propolis.client.update import SecureMod, StoreOf, secure_mod
 from propolis.secure.errors import UsageError
-from propolis.server.app import FederatedRun
+from propolis.server.app import FederatedRun, Members
+from propolis.server.roster import load_roster
 from propolis.settings import Settings, load_settings
+from propolis.simulations.federation import SIMULATED, DevicesInFolder, federation_of_run, run_folder
 from propolis.simulations.partition import Partition
 from propolis.task import DataSet, Task, check_task, load_task
 
@@ -58,9 +65,20 @@ def _participant(settings: Settings, context: Context) -> Participant:
     return _fleet(settings, clients).participant(int(context.node_config["partition-id"]))
 
 
-def client_app(settings: Settings) -> ClientApp:
-    """The ClientApp of simulated devices; it loads task and data in the process where it first runs."""
-    return make_client_app(partial(_participant, settings))
+def client_app(settings: Settings, stores: StoreOf | None = None) -> ClientApp:
+    """The ClientApp of simulated devices; it loads task and data in the process where it first runs.
+
+    Args:
+        settings: of the run.
+        stores: of the devices, where the run is protected.
+    """
+    return make_client_app(partial(_participant, settings), [SecureMod(stores)] if stores else [])
+
+
+def largest_device(settings: Settings, data: DataSet, clients: int) -> int:
+    """The number of examples of the device that has most: what a simulation makes the public maximum weight."""
+    parts = Partition.parse(settings.partition).split(data.train, clients, settings.seed)
+    return max(len(part) for part in parts)
 
 
 # What follows is for Flower's own runtimes, which import this module and look for two apps by name. Settings come
@@ -73,23 +91,58 @@ def _participant_of_run(context: Context) -> Participant:
     return _participant(load_settings(overrides=_known(context)), context)
 
 
+_NOT_SETTINGS = frozenset({"out", "federation"})
+
+
 def _known(context: Context) -> dict[str, object]:
-    return {key: value for key, value in context.run_config.items() if key != "out"}
+    return {key: value for key, value in context.run_config.items() if key not in _NOT_SETTINGS}
 
 
-client = make_client_app(_participant_of_run)
+def _mod_of_run(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """A device with keys of its own is always protected; a simulated one, where the run is."""
+    if FOLDER_KEY in context.node_config:
+        return secure_mod(message, context, call_next)
+    if load_settings(overrides=_known(context)).is_protected:
+        return SecureMod(DevicesInFolder(run_folder(context.run_id)))(message, context, call_next)
+    return call_next(message, context)
+
+
+@contextmanager
+def _members_of_run(settings: Settings, data: DataSet, grid: Grid, context: Context) -> Iterator[Members | None]:
+    """Who may take part: the federation in a folder, or one that is made for a simulation."""
+    if not settings.is_protected:
+        yield None
+        return
+    devices = len(list(grid.get_node_ids()))
+    if folder := str(context.run_config.get("federation") or ""):
+        roster = load_roster(Path(folder))
+        yield Members(roster, largest_device(settings, data, len(roster.roster.entries)))
+        return
+    if devices < SIMULATED.min_cohort:
+        raise UsageError(f"a secure sum takes {SIMULATED.min_cohort} devices or more: this federation has {devices}")
+    with federation_of_run(context.run_id, devices, settings.seed) as federation:
+        yield Members(federation.verified_roster, largest_device(settings, data, devices))
+
+
+client = make_client_app(_participant_of_run, [_mod_of_run])
 
 server = ServerApp()
 
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """The ServerApp of ``flwr run .``; ``out`` in the run's configuration names a folder for the results."""
+    """The ServerApp of ``flwr run .``.
+
+    In the run's configuration, ``out`` names a folder for the results, and ``federation`` the one with the roster
+    of real devices; without it, a protected run makes a federation for simulated ones.
+    """
     from propolis.simulations.report import LogReport, write_results
 
     settings = load_settings(overrides=_known(context))
     task, data = load_data(settings.task, settings.data)
-    run = FederatedRun(settings, task, data.test, device=choose_device(settings.device))
-    state = run.run(grid, LogReport(settings.rounds))
+    device = choose_device(settings.device)
+    with _members_of_run(settings, data, grid, context) as members:
+        run = FederatedRun(settings, task, data.test, device=device, members=members)
+        state = run.run(grid, LogReport(settings.rounds))
     if out := context.run_config.get("out"):
         write_results(Path(str(out)), settings, state, status="completed")

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from propolis.messages import RECORD, open_record
+from propolis.secure.secagg.states import Exchange
 from propolis.server.checkpoint import RunState
 from propolis.server.exchange import GridWrapper
 from propolis.server.flower import set_message_id, unavailable_reply
+from propolis.settings import Settings
+
+
+def steps_of(settings: Settings) -> list[str]:
+    """The exchanges of one of a run's rounds, in their order."""
+    kinds = ["train", "evaluate"] if settings.evaluate_fraction else ["train"]
+    if not settings.is_protected:
+        return kinds
+    exchanges = [each for each in Exchange if settings.malicious or each is not Exchange.CONFIRM]
+    return [f"{kind} {each.label}" for kind in kinds for each in exchanges]
+
+
+def _step(message: Message) -> str:
+    kind = message.metadata.message_type
+    return f"{kind} {open_record(message.content)[0].label}" if RECORD in message.content else kind
 
 
 class DropoutGrid(GridWrapper):
@@ -23,34 +40,31 @@ class DropoutGrid(GridWrapper):
         grid: where the others are.
         probability: chance that a device is lost in a round, in [0, 1).
         seed: decides which, together with the round, the attempt and the device.
-        exchanges: exchanges in a round; the one at which a device is lost is drawn uniformly.
+        steps: the exchanges of a round in their order, see `steps_of`; the one at which a device is lost is drawn
+            uniformly.
     """
 
-    def __init__(self, grid: Grid, probability: float, seed: int, exchanges: int = 1) -> None:
+    def __init__(self, grid: Grid, probability: float, seed: int, steps: Sequence[str] = ("train",)) -> None:
         super().__init__(grid)
-        self._probability, self._seed, self._exchanges = probability, seed, exchanges
+        self._probability, self._seed, self._steps = probability, seed, steps
         self._round = "0/0"
-        self._exchange = 0
         self._lost: dict[str, Message] = {}
 
     def round_started(self, number: int, attempt: int) -> None:
         """Draw anew who is lost: this grid observes the run."""
         self._round = f"{number}/{attempt}"
-        self._exchange = 0
         self._lost.clear()
 
     def round_finished(self, state: RunState) -> None:
         """Nothing: losses are drawn when the next round starts."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send what is for devices that are still there; every push is one exchange."""
+        """Send what is for devices that are still there; the others hear nothing."""
         outgoing = list(messages)
-        lost = [self._is_lost(message.metadata.dst_node_id) for message in outgoing]
+        lost = [self._is_lost(message) for message in outgoing]
         reachable = [message for message, gone in zip(outgoing, lost, strict=True) if not gone]
         sent = iter(super().push_messages(reachable) if reachable else [])
-        ids = [self._lose(m) if gone else next(sent) for m, gone in zip(outgoing, lost, strict=True)]
-        self._exchange += 1
-        return ids
+        return [self._lose(m) if gone else next(sent) for m, gone in zip(outgoing, lost, strict=True)]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """Replies of the devices that are there, and the server's own note for those that are not."""
@@ -62,14 +76,15 @@ class DropoutGrid(GridWrapper):
                 present.append(message_id)
         yield from super().pull_messages(present)
 
-    def _is_lost(self, node_id: int) -> bool:
-        draw = random.Random(f"dropout/{self._seed}/{self._round}/{node_id}")  # noqa: S311 (a simulation)
+    def _is_lost(self, message: Message) -> bool:
+        seed = f"dropout/{self._seed}/{self._round}/{message.metadata.dst_node_id}"
+        draw = random.Random(seed)  # noqa: S311 (a simulation)
         if draw.random() >= self._probability:
             return False
-        return draw.randrange(self._exchanges) <= self._exchange
+        return draw.randrange(len(self._steps)) <= self._steps.index(_step(message))
 
     def _lose(self, message: Message) -> str:
-        message_id = f"lost-{self._round}-{self._exchange}-{message.metadata.dst_node_id}"
+        message_id = f"lost-{self._round}-{_step(message)}-{message.metadata.dst_node_id}"
         set_message_id(message, message_id)
         self._lost[message_id] = message
         return message_id

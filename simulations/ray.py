@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.settings import Settings
-from propolis.simulations.apps import client_app
 
 
 def require_ray(settings: Settings) -> None:
@@ -28,11 +28,14 @@ def require_ray(settings: Settings) -> None:
         raise UsageError(f"ray_cpus: a device cannot have {settings.ray_cpus:g} of this machine's {cpus} CPUs")
 
 
-def run_on_ray(settings: Settings, serve: Callable[[Grid], None], cancelled: threading.Event) -> None:
+def run_on_ray(
+    settings: Settings, client: ClientApp, serve: Callable[[Grid], None], cancelled: threading.Event
+) -> None:
     """Run `serve` against Flower's simulation engine on as many actors as ``ray_cpus`` leaves room for.
 
     Args:
         settings: of the devices.
+        client: what the devices run.
         serve: the server's whole work on the grid; what it raises is raised here.
         cancelled: set here when the engine has ended, so that `serve` stops waiting for devices.
 
@@ -51,7 +54,7 @@ def run_on_ray(settings: Settings, serve: Callable[[Grid], None], cancelled: thr
     try:
         run_simulation(
             server_app,
-            client_app(settings),
+            client,
             settings.clients,
             backend_config={
                 "client_resources": {"num_cpus": settings.ray_cpus, "num_gpus": 0.0},

@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,16 +17,31 @@ from rich.console import Console
 
 from propolis.client.train import choose_device
 from propolis.secure.errors import CancelledError, StorageError, UsageError
-from propolis.server.app import MAY_CHANGE_ON_RESUME, FederatedRun, Observer, initial_model, run_digest
+from propolis.server.app import MAY_CHANGE_ON_RESUME, FederatedRun, Members, Observer, initial_model, run_digest
 from propolis.server.checkpoint import RunState, load_checkpoint
 from propolis.server.flower import quiet_flower
 from propolis.settings import Settings, load_settings
-from propolis.simulations.apps import client_app, load_data
-from propolis.simulations.dropout import DropoutGrid
+from propolis.simulations.apps import client_app, largest_device, load_data
+from propolis.simulations.dropout import DropoutGrid, steps_of
+from propolis.simulations.federation import (
+    DevicesInFolder,
+    DevicesInMemory,
+    Federation,
+    make_federation,
+    write_federation,
+)
 from propolis.simulations.local import LocalGrid
-from propolis.simulations.partition import Partition
 from propolis.simulations.ray import require_ray, run_on_ray
-from propolis.simulations.report import CONFIG, CURVES, MODEL, RESULT, TerminalReport, write_config, write_results
+from propolis.simulations.report import (
+    CONFIG,
+    CURVES,
+    MODEL,
+    RESULT,
+    Failure,
+    TerminalReport,
+    write_config,
+    write_results,
+)
 from propolis.task import Task
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -66,21 +82,32 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
     if settings.backend == "ray":
         require_ray(settings)
     task, data = load_data(settings.task, settings.data)
-    Partition.parse(settings.partition).split(data.train, settings.clients, settings.seed)
+    largest = largest_device(settings, data, settings.clients)
+    federation = make_federation(settings.clients, settings.seed) if settings.is_protected else None
+    members = Members(federation.verified_roster, largest) if federation else None
     start = _starting_state(settings, options, task)
     _prepare_folder(settings, options)
     cancelled = threading.Event()
     checkpoint = options.out / CHECKPOINT
     run = FederatedRun(
-        settings, task, data.test, device=device, start=start, checkpoint=checkpoint, cancelled=cancelled
+        settings,
+        task,
+        data.test,
+        device=device,
+        members=members,
+        start=start,
+        checkpoint=checkpoint,
+        cancelled=cancelled,
     )
     try:
         with _report(settings, options, run.state.completed) as report:
-            _run_backend(settings, partial(_serve, settings, run, report), cancelled)
+            _run_backend(settings, federation, partial(_serve, settings, run, report), cancelled)
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, CancelledError))
         with suppress(StorageError):  # the first error is the one to report
-            write_results(options.out, settings, run.state, "interrupted" if stopped else "failed")
+            write_results(
+                options.out, settings, run.state, "interrupted" if stopped else "failed", Failure.of(error, run.retries)
+            )
         raise
     return write_results(options.out, settings, run.state, "completed")
 
@@ -134,14 +161,21 @@ def _report(settings: Settings, options: RunOptions, completed: int) -> Terminal
 
 
 def _serve(settings: Settings, run: FederatedRun, report: Observer | None, grid: Grid) -> None:
-    exchanges = 2 if settings.evaluate_fraction else 1
-    lossy = DropoutGrid(grid, settings.dropout, settings.seed, exchanges)
+    lossy = DropoutGrid(grid, settings.dropout, settings.seed, steps_of(settings))
     run.run(lossy, *([report] if report else []), lossy)
 
 
-def _run_backend(settings: Settings, serve: Callable[[Grid], None], cancelled: threading.Event) -> None:
+def _run_backend(
+    settings: Settings, federation: Federation | None, serve: Callable[[Grid], None], cancelled: threading.Event
+) -> None:
     if settings.backend == "ray":
-        run_on_ray(settings, serve, cancelled)
+        with TemporaryDirectory(prefix="propolis-") as folder:
+            stores = None
+            if federation is not None:  # Ray moves a device from process to process
+                write_federation(federation, Path(folder))
+                stores = DevicesInFolder(Path(folder))
+            run_on_ray(settings, client_app(settings, stores), serve, cancelled)
         return
-    with LocalGrid(partial(client_app, settings), settings.clients, workers=settings.workers) as grid:
+    in_memory = DevicesInMemory(federation.devices) if federation else None
+    with LocalGrid(partial(client_app, settings, in_memory), settings.clients, workers=settings.workers) as grid:
         serve(grid)

@@ -34,7 +34,9 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
         ("lr", float("nan"), "lr: "),
         ("strategy", "krum", "strategy: expected 'fedavg'"),
         ("dropout", 1.0, "dropout: expected less than 1"),
-        ("protection", "secagg", "'secagg' is not available in this version; choose none"),
+        ("protection", "he", "'he' is not available in this version; choose none or secagg"),
+        ("malicious", True, "malicious is a kind of secagg"),
+        ("bits", 33, "bits: expected less than or equal to 32"),
         ("codec", "dense", "'dense' is not available in this version; choose float32"),
         ("clients", 1, "min_clients is 2, but there are only 1 clients"),
         ("seed", -1, "seed: "),
@@ -73,6 +75,7 @@ def test_flowers_configuration_lists_the_settings_with_their_defaults() -> None:
     project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())
     listed = project["tool"]["flwr"]["app"]["config"]
     assert listed.pop("out") == ""
+    assert listed.pop("federation") == ""
     elsewhere = {"clients", "backend", "workers", "ray_cpus", "data", "dropout"}
     defaults = {k: v for k, v in Settings().model_dump(exclude_none=True).items() if k not in elsewhere}
     assert {key.replace("-", "_"): value for key, value in listed.items()} == defaults

@@ -17,10 +17,11 @@ from pydantic_core import ErrorDetails
 
 from propolis.secure.errors import UsageError
 
-PROTECTIONS = ("none",)
+PROTECTIONS = ("none", "secagg")
 CODECS = ("float32",)
 
 _LARGEST = 2**31 - 1
+_FEWEST_IN_A_SUM = 3
 
 StrategyName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox"]
 
@@ -36,7 +37,7 @@ class Settings(BaseModel):
     rounds: int = Field(30, ge=1, le=_LARGEST, description="Number of federated rounds.")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the devices that train in a round.")
     min_clients: int = Field(2, ge=1, le=_LARGEST, description="Fewest devices a round may start and end with.")
-    attempts: int = Field(3, ge=1, le=_LARGEST, description="Times a round is tried before the run stops.")
+    attempts: int = Field(10, ge=1, le=_LARGEST, description="Times a round is tried before the run stops.")
     round_deadline: float = Field(3600.0, gt=0, description="Seconds that each exchange of a round may take.")
     partition: str = Field(
         "dirichlet:0.5", description="iid, dirichlet:ALPHA, shards:CLASSES or natural (by the task's users)."
@@ -69,7 +70,24 @@ class Settings(BaseModel):
     backend: Literal["local", "ray"] = Field("local", description="In this process, or Flower's engine on Ray.")
     workers: int = Field(0, ge=0, le=16, description="Training processes of the local backend; 0 trains in this one.")
     ray_cpus: float = Field(1.0, gt=0, description="CPUs that the ray backend reserves for each device that trains.")
-    protection: str = Field("none", description="How updates are protected: none.")
+    protection: str = Field("none", description="How updates are protected: none, or secagg (secure aggregation).")
+    malicious: bool = Field(False, description="secagg also against a server that lies about who is there.")
+    bits: int = Field(16, ge=2, le=32, description="Bits that a parameter costs on the wire under secagg.")
+    update_range: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="Largest change that secagg's first round carries; later it follows the devices.",
+    )
+    max_weight: float | None = Field(
+        None, gt=0, le=1e15, description="Largest weight of a device under secagg; the largest device's by default."
+    )
+    assume_corrupted: float = Field(
+        0.1, ge=0, lt=0.5, description="Share of the devices that secagg assumes to collude with the server."
+    )
+    assume_dropped: float = Field(
+        0.25, ge=0, lt=0.5, description="Share of the devices that secagg assumes to drop out of a round."
+    )
     codec: str = Field("float32", description="How updates are encoded: float32.")
 
     @field_validator("strategy", mode="before")
@@ -87,10 +105,20 @@ class Settings(BaseModel):
     def _known_codec(cls, value: str) -> str:
         return _one_of(value, CODECS)
 
+    @property
+    def is_protected(self) -> bool:
+        """Whether the server sees sums only."""
+        return self.protection != "none"
+
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:
         if self.min_clients > self.clients:
             raise ValueError(f"min_clients is {self.min_clients}, but there are only {self.clients} clients")
+        sampled = max(int(self.clients * self.fraction), self.min_clients)
+        if self.is_protected and sampled < _FEWEST_IN_A_SUM:
+            raise ValueError(f"{sampled} of {self.clients} clients train in a round; a secure sum takes 3 or more")
+        if self.malicious and not self.is_protected:
+            raise ValueError("malicious is a kind of secagg: set protection to secagg")
         return self
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from harness import COUNTING_APP
+from propolis.messages import RECORD, protocol_record
+from propolis.secure.secagg.states import Exchange
 from propolis.server.exchange import exchange
-from propolis.simulations.dropout import DropoutGrid
+from propolis.settings import Settings
+from propolis.simulations.dropout import DropoutGrid, steps_of
 from propolis.simulations.local import LocalGrid
 
 
@@ -128,27 +132,46 @@ def recording_app(done: list[int]) -> ClientApp:
     return app
 
 
-def lost(probability: float, exchange: int, exchanges: int, seed: int = 0, rounds: int = 200) -> int:
-    """Devices lost at the given exchange over many rounds of ten devices."""
-    grid = DropoutGrid(LocalGrid(COUNTING_APP, 10), probability, seed, exchanges)
+STEPS = steps_of(Settings(protection="secagg"))
+
+
+def lost(probability: float, step: int, steps: Sequence[str] = STEPS, seed: int = 0, rounds: int = 200) -> int:
+    """Devices lost at the given step over many rounds of ten devices."""
+    grid = DropoutGrid(LocalGrid(COUNTING_APP, 10), probability, seed, steps)
     total = 0
     for number in range(rounds):
         grid.round_started(number, 0)
-        for _ in range(exchange):
-            ask(grid, [])
-        total += sum(reply.has_error() for reply in ask(grid, list(range(1, 11))))
+        outgoing = [message_to(grid, node_id, steps[step]) for node_id in range(1, 11)]
+        total += sum(reply.has_error() for reply in grid.send_and_receive(outgoing))
     return total
 
 
+def message_to(grid: DropoutGrid, node_id: int, step: str) -> Message:
+    kind, _, exchange = step.partition(" ")
+    content = RecordDict({"config": ConfigRecord({"what": "count"})})
+    if exchange:
+        content[RECORD] = protocol_record(Exchange[exchange.upper()], b"")
+    return grid.create_message(content, kind, node_id, "")
+
+
+def test_a_round_has_the_steps_that_its_protection_asks_for() -> None:
+    assert steps_of(Settings()) == ["train"]
+    assert steps_of(Settings(evaluate_fraction=1.0)) == ["train", "evaluate"]
+    assert STEPS == ["train hello", "train prepare", "train upload", "train unmask"]
+    lying = steps_of(Settings(protection="secagg", malicious=True, evaluate_fraction=1.0))
+    assert lying[3] == "train confirm"
+    assert len(lying) == 10
+
+
 def test_devices_are_lost_with_the_given_chance_at_a_uniform_exchange() -> None:
-    assert lost(0.0, 0, 1, rounds=5) == 0
-    assert 480 < lost(0.3, 0, 1) < 720  # 2,000 draws at 0.3: six standard deviations
-    assert 100 < lost(0.3, 0, 4) < 200  # a quarter of them are lost at the first of four
-    assert 480 < lost(0.3, 3, 4) < 720  # all of them by the last
+    assert lost(0.0, 0, rounds=5) == 0
+    assert 480 < lost(0.3, 0, ["train"]) < 720  # 2,000 draws at 0.3: six standard deviations
+    assert 100 < lost(0.3, 0) < 200  # a quarter of them are lost at the first of four
+    assert 480 < lost(0.3, 3) < 720  # all of them by the last
 
 
 def test_losses_depend_on_the_seed_alone() -> None:
-    assert lost(0.3, 0, 1, seed=1, rounds=20) == lost(0.3, 0, 1, seed=1, rounds=20)
+    assert lost(0.3, 1, seed=1, rounds=20) == lost(0.3, 1, seed=1, rounds=20)
 
 
 def test_a_lost_device_never_hears_of_it() -> None:

@@ -1,0 +1,1 @@
+"""A plain Flower app, made secure by two lines."""
