@@ -125,6 +125,18 @@ def bench_simulate(
     run_benchmark(out or Path("runs") / "bench-simulate.json", as_json)
 
 
+@bench_app.command("secagg")
+def bench_secagg(
+    as_json: JsonFlag = False,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the figures as JSON.")] = None,
+    dimension: Annotated[int, typer.Option("--dimension", help="Parameters of the largest model.", min=1)] = 1_000_000,
+) -> None:
+    """The same secure sum by Propolis and by Flower's SecAgg+, and the server's memory with 1000 devices."""
+    from propolis.simulations.bench.secagg import jobs, run_benchmark
+
+    run_benchmark(out or Path("runs") / "bench-secagg.json", as_json, jobs(dimension))
+
+
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
     import click
