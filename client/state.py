@@ -84,9 +84,11 @@ class FileStore:
     def create(folder: Path, state: DeviceState) -> None:
         """Write a new device's state; raises UsageError where there is one already."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if (folder / STATE_FILE).exists():
-            raise UsageError(f"{folder} holds a device's state already")
-        write_atomically(folder / STATE_FILE, state.to_bytes(), mode=0o600)
+        folder.chmod(0o700)
+        with _locked(folder / LOCK_FILE):
+            if (folder / STATE_FILE).exists():
+                raise UsageError(f"{folder} holds a device's state already")
+            write_atomically(folder / STATE_FILE, state.to_bytes(), mode=0o600)
 
     def change(self, step: Callable[[Device], T]) -> T:
         """See `DeviceStore.change`."""

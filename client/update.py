@@ -126,7 +126,7 @@ def _trained(message: Message, context: Context, call_next: ClientAppCallable) -
     message.content = without_record(message.content)
     try:
         reply = call_next(message, context)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the user's own code
         _log.debug("the app failed", exc_info=True)
         raise PeerError(Refusal.TRAINING_FAILED, f"the app failed: {type(error).__name__}: {error}") from None
     if reply.has_error():

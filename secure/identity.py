@@ -317,15 +317,15 @@ _LOW_ORDER = frozenset(
 )
 
 
-def agreement_point(public_key: bytes) -> int:
-    """What an X25519 public key stands for: several strings of bytes are one key (RFC 7748, section 5)."""
-    return (int.from_bytes(public_key, "little") & (2**255 - 1)) % _FIELD
-
-
 def require_contributory(public_key: bytes, owner: int) -> None:
-    """Refuse an X25519 key of low order (RFC 7748, section 6.1); raises TrustError."""
-    if agreement_point(public_key) in _LOW_ORDER:
-        raise TrustError(Refusal.KEYS, f"a key of device {owner} is of low order", owner)
+    """Refuse an X25519 key of low order, or one of the several strings for a key but the shortest (RFC 7748).
+
+    Raises:
+        TrustError: it is one of these.
+    """
+    coordinate = int.from_bytes(public_key, "little")
+    if coordinate >= _FIELD or coordinate in _LOW_ORDER:
+        raise TrustError(Refusal.KEYS, f"a key of device {owner} is of low order or not canonical", owner)
 
 
 def descriptor_digest(signed: Signed) -> bytes:

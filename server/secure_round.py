@@ -65,8 +65,8 @@ class SecureRound:
 
         def take(index: int, body: bytes) -> None:
             reply = from_bytes(PrepareReply, body)
-            self._server.receive_prepare(index, reply)
             self._directory.take_next(self._nodes[index], self._server.keys_of(index), reply.next_prekey)
+            self._server.receive_prepare(index, reply)
 
         server = self._server
         self._exchange(

@@ -21,7 +21,7 @@ from propolis.secure import labels
 from propolis.secure.codec.fixed_point import LANES
 from propolis.secure.envelope import open_sealed, seal
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TrustError
-from propolis.secure.identity import Signed, agreement_key, agreement_point, require_contributory, sign, verify
+from propolis.secure.identity import Signed, agreement_key, require_contributory, sign, verify
 from propolis.secure.merkle import MerkleTree, verify_path
 from propolis.secure.prg import LANE_STREAM, SEED_BYTES, VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
@@ -131,7 +131,7 @@ class SecAggClient:
             raise PeerError(
                 Refusal.SETS, f"{len(heads)} neighbours prepared, {self.terms.sharing.threshold} are needed"
             )
-        mask_keys = {agreement_point(key) for key in (public_half(self.mask_private), *(h.mask_key for h in heads))}
+        mask_keys = {public_half(self.mask_private), *(head.mask_key for head in heads)}
         if len(mask_keys) <= len(heads):
             raise TrustError(Refusal.KEYS, "two devices have one mask key")
         self.heads = {head.index: head for head in heads}

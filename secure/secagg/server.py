@@ -17,7 +17,7 @@ from propolis.protos import secagg_pb2 as pb
 from propolis.secure import labels
 from propolis.secure.codec.fixed_point import LANES
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TooFewPeersError, TrustError
-from propolis.secure.identity import TrustedRoster, agreement_point, require_contributory, verify
+from propolis.secure.identity import TrustedRoster, require_contributory, verify
 from propolis.secure.merkle import MerkleTree
 from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
@@ -77,9 +77,9 @@ class SecAggServer:
         self._vector = terms.codec.ring.zeros(dimension)
         self._lanes: Vector | None = None
         self._metrics = metrics
-        self.offered_metrics: list[tuple[str, ...]] = []
+        self._offered_metrics: dict[int, tuple[str, ...]] = {}
         self._preparing, self._uploading = True, True
-        self._mask_keys: set[int] = set()
+        self._mask_keys: set[bytes] = set()
 
     # prepare
 
@@ -100,7 +100,7 @@ class SecAggServer:
             raise PeerError(Refusal.SHARES, f"device {index} sent records for other neighbours than its own")
         if MerkleTree(records_of(reply.deliveries)).root != head.deliveries_root:
             raise TrustError(Refusal.SHARES, f"the records of device {index} are not those that it signed")
-        self._mask_keys.add(agreement_point(head.mask_key))
+        self._mask_keys.add(head.mask_key)
         member.take_preparation(reply.head, head, reply.deliveries)
 
     def _verified_head(self, index: int, reply: PrepareReply) -> Head:
@@ -113,7 +113,7 @@ class SecAggServer:
         if head.next_prekey != labels.digest(labels.PREKEY, reply.next_prekey.payload):
             raise TrustError(Refusal.KEYS, f"device {index} sent another next prekey than the one that it signed")
         require_contributory(head.mask_key, index)
-        if agreement_point(head.mask_key) in self._mask_keys:
+        if head.mask_key in self._mask_keys:
             raise TrustError(Refusal.KEYS, f"the mask key of device {index} is another device's")
         return head
 
@@ -154,7 +154,7 @@ class SecAggServer:
             raise PeerError(Refusal.PHASE, f"the upload of device {index} is too late, or its second one")
         if reply.plan_digest != self.terms.digest:
             raise PeerError(Refusal.PHASE, f"the upload of device {index} is of another round")
-        self.offered_metrics.append(reply.metrics)
+        self._offered_metrics[index] = reply.metrics
         if self._metrics is not None and reply.metrics != self._metrics:
             raise PeerError(Refusal.MODEL, f"the metrics of device {index} are not the other devices'")
         vector = self.terms.codec.ring.unpack(reply.vector, len(self._vector))
@@ -183,6 +183,11 @@ class SecAggServer:
                     f"{len(alive)} of {len(self.terms.cohort)} devices are left: device {index} has {left} "
                     f"neighbours among them, {threshold} are needed"
                 )
+
+    @property
+    def offered_metrics(self) -> list[tuple[str, ...]]:
+        """What each device that uploaded something called its metrics, whether it was taken or not."""
+        return list(self._offered_metrics.values())
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -359,11 +364,12 @@ class SecAggServer:
         keys = {member.descriptor.index: member.keys for member in members}
         server = cls(terms, roster, keys, state.dimension, state.fixed_lanes)
         server._members = {member.descriptor.index: member for member in members}
-        server._mask_keys = {agreement_point(member.head.mask_key) for member in members if member.head}
+        server._mask_keys = {member.head.mask_key for member in members if member.head}
         server._uploading = state.uploading
         server._preparing = not any(member.upload_request for member in members)
         server._vector = terms.codec.ring.from_memory(state.vector, state.dimension)
-        if any(member.uploaded for member in members):
-            server._metrics = tuple(state.metrics)
+        uploaded = any(member.uploaded for member in members)
+        server._metrics = tuple(state.metrics) if uploaded or state.metrics else None
+        if uploaded:
             server._lanes = LANES.from_memory(state.lanes, state.fixed_lanes + len(state.metrics) + 1)
         return server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,11 @@ def test_a_fault_in_evaluation_is_a_drop_out_too(fault: str) -> None:
     reply = hive.round("evaluate")
     assert outcome_of(reply).failures == (f"upload: {refusal.reason}",)
     assert metrics_of(reply)["loss"] == pytest.approx(0.25)
+
+
+def test_an_app_that_exits_is_a_drop_out() -> None:
+    hive = Hive(5, unwell(lambda message: sys.exit(3)))
+    assert outcome_of(hive.round()).failures == ("upload: training-failed",)
 
 
 def test_an_app_that_answers_no_message_is_a_drop_out() -> None:

@@ -124,13 +124,7 @@ def dangling_link(folder: Path) -> None:
     folder.symlink_to(folder.parent / "nowhere")
 
 
-NO_FOLDER = pytest.mark.xfail(strict=True, raises=FileExistsError, reason="mkdir raises before the check")
-
-
-@pytest.mark.parametrize(
-    "prepare",
-    [open_to_others, link, pytest.param(file, marks=NO_FOLDER), pytest.param(dangling_link, marks=NO_FOLDER)],
-)
+@pytest.mark.parametrize("prepare", [open_to_others, link, file, dangling_link])
 def test_a_place_that_others_may_have_prepared_is_refused(temporary: Path, prepare: Callable[[Path], None]) -> None:
     prepare(run_folder(17).parent)
     with pytest.raises(UsageError, match="is not a folder of ours alone"), federation_of_run(17, 2, seed=0):
