@@ -19,8 +19,9 @@ from propolis.secure.errors import CancelledError, TooFewPeersError, UsageError
 from propolis.secure.identity import TrustedRoster
 from propolis.server.checkpoint import RoundRecord, RunState, save_checkpoint
 from propolis.server.exchange import MeteredGrid
-from propolis.server.grid import Protection, SecureGrid
+from propolis.server.grid import SecureGrid
 from propolis.server.model import GlobalModel
+from propolis.server.planner import Protection
 from propolis.server.round import Round, Trained
 from propolis.server.strategy import make_strategy, restore_strategy, strategy_state
 from propolis.settings import Settings

@@ -14,9 +14,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from propolis.secure.errors import PropolisError, TooFewPeersError
+from propolis.server.batch import Outcome
 from propolis.server.exchange import Snapshot
 from propolis.server.flower import AppExitException, is_made_up
-from propolis.server.grid import Outcome
 from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY, GlobalModel, average, split_replies
 
 

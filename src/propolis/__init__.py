@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from propolis.client.update import secure_mod
     from propolis.secure.errors import PropolisError, UsageError
-    from propolis.server.grid import Protection, SecureGrid
+    from propolis.server.grid import SecureGrid
+    from propolis.server.planner import Protection
     from propolis.server.roster import load_roster
     from propolis.settings import Settings
     from propolis.simulations.local import LocalGrid
@@ -30,7 +31,7 @@ _HOME_OF = {
     "Examples": "propolis.task",
     "LocalGrid": "propolis.simulations.local",
     "PropolisError": "propolis.secure.errors",
-    "Protection": "propolis.server.grid",
+    "Protection": "propolis.server.planner",
     "RunOptions": "propolis.simulations.run",
     "SecureGrid": "propolis.server.grid",
     "Settings": "propolis.settings",

@@ -35,8 +35,10 @@ from propolis.messages import RECORD
 from propolis.secure.codec.fixed_point import LANES, encode_lanes
 from propolis.secure.errors import TooFewPeersError, TrustError, UsageError
 from propolis.secure.secagg.messages import HelloReply, PrepareReply, UploadReply, from_bytes
+from propolis.server.batch import Outcome
 from propolis.server.exchange import GridWrapper
-from propolis.server.grid import Outcome, Protection, SecureGrid
+from propolis.server.grid import SecureGrid
+from propolis.server.planner import Protection
 from propolis.simulations.federation import Federation, make_federation
 from propolis.simulations.local import LocalGrid
 

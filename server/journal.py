@@ -1,0 +1,44 @@
+"""The shares of the round under way on disk, before they are used: a crash costs the devices no second reveal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from propolis.secure.errors import StorageError
+from propolis.secure.identity import TrustedRoster
+from propolis.secure.secagg.server import SecAggServer
+from propolis.server.batch import Batch
+from propolis.storage import write_atomically
+
+
+class Journal:
+    """One file with the last round that was unmasked.
+
+    Args:
+        path: the file; it holds a masked sum and the shares that unmask it, so it says no more than the sum.
+        roster: that the round's devices are in.
+    """
+
+    def __init__(self, path: Path, roster: TrustedRoster) -> None:
+        self._path, self._roster = path, roster
+        self._is_fresh = True
+
+    def keep(self, batch: Batch, server: SecAggServer) -> None:
+        """Write a round down; raises StorageError."""
+        self._is_fresh = False
+        write_atomically(self._path, batch.shared_input + server.to_bytes(), mode=0o600)
+
+    def recall(self, batch: Batch) -> SecAggServer | None:
+        """The round that was written down for the same batch before this process was started, if there is one."""
+        if not self._is_fresh or not self._path.is_file():
+            return None
+        self._is_fresh = False
+        data = self._path.read_bytes()
+        size = len(batch.shared_input)
+        if data[:size] != batch.shared_input:
+            return None
+        try:
+            server = SecAggServer.from_bytes(data[size:], self._roster)
+        except StorageError:  # of another roster, or another version
+            return None
+        return server if server.terms.kind is batch.kind else None
