@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import typer
 from conftest import Command
 
 from propolis.cli import app
+from propolis.client.state import _POLICY_KEYS
+from propolis.server.roster import load_roster
 from propolis.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,12 +68,23 @@ def test_make_targets_in_the_pages_exist() -> None:
 
 
 def test_the_readmes_example_is_short_and_works(propolis: Command, tmp_path: Path) -> None:
-    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Diabetes" in block)
     assert source.count("\n") < 60
     (tmp_path / "diabetes.py").write_text(source)
     (line,) = re.findall(r"^propolis (simulate --task diabetes:Diabetes.*)$", README, re.MULTILINE)
     done = propolis(*shlex.split(line), "--rounds", 3)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_makes_a_federation_that_can_be_used(tmp_path: Path) -> None:
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "make_federation" in block)
+    subprocess.run([sys.executable, "-c", source], cwd=tmp_path, check=True)
+    assert load_roster(tmp_path / "fed" / "server").require_member(1)
+    assert (tmp_path / "fed" / "device-1" / "device.state").is_file()
+
+
+def test_every_policy_key_is_documented() -> None:
+    assert set(re.findall(r"`(propolis-[a-z-]+)`", README)) == set(_POLICY_KEYS)
 
 
 def test_public_functions_have_docstrings() -> None:
