@@ -14,10 +14,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from propolis.messages import RECORD
-from propolis.secure.codec.fixed_point import FixedPoint
 from propolis.secure.codec.update import Mean, decode_mean, following_range
 from propolis.secure.errors import PeerError, TooFewPeersError, UsageError
-from propolis.secure.graph import sharing
 from propolis.secure.identity import TrustedRoster
 from propolis.secure.secagg.plan import Kind, Terms
 from propolis.secure.secagg.server import SecAggServer
@@ -179,10 +177,7 @@ class SecureGrid(GridWrapper):
             raise TooFewPeersError(
                 f"{len(nodes)} of {len(batch.messages)} devices said hello, {self._protection.min_clients} are needed"
             )
-        protection = self._protection
-        # What devices would refuse is our own mistake.
-        sharing(len(nodes), protection.corrupted, protection.dropped, protection.malicious)
-        FixedPoint(protection.bits, len(nodes), self.range)
+        self._protection.require_feasible(len(nodes), self.range)
         plan = self._planner.plan(batch, nodes, self.range)
         keys = {index: self._directory.spend(node_id) for index, node_id in nodes.items()}
         return SecAggServer(

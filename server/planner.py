@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from propolis.secure.codec.fixed_point import FixedPoint
 from propolis.secure.codec.update import Encoding
+from propolis.secure.graph import sharing
 from propolis.secure.identity import TrustedRoster
 from propolis.secure.secagg.messages import to_bitmap
 from propolis.secure.secagg.plan import Kind, Plan
@@ -38,6 +40,15 @@ class Protection:
     corrupted: float = 0.1
     dropped: float = 0.25
     attempts: int = 3
+
+    def require_feasible(self, devices: int, range_: float) -> None:
+        """What devices would refuse is our own mistake: find it out before they are asked.
+
+        Raises:
+            UsageError: so many devices cannot be protected so, or have no room in the ring.
+        """
+        sharing(devices, self.corrupted, self.dropped, self.malicious)
+        FixedPoint(self.bits, devices, range_)
 
 
 class Planner:

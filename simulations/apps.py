@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -72,7 +73,23 @@ def client_app(settings: Settings, stores: StoreOf | None = None) -> ClientApp:
         settings: of the run.
         stores: of the devices, where the run is protected.
     """
+    logging.getLogger("propolis.client").filters[:] = [_FirstOfEachReason()]
     return make_client_app(partial(_participant, settings), [SecureMod(stores)] if stores else [])
+
+
+class _FirstOfEachReason(logging.Filter):
+    """Lets through what no device of this process has said before: a thousand of them fail alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[object] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        reason = getattr(said, "refusal", record.msg)
+        is_new = reason not in self._seen
+        self._seen.add(reason)
+        return is_new
 
 
 def largest_device(settings: Settings, data: DataSet, clients: int) -> int:

@@ -63,6 +63,10 @@ class TerminalReport:
         """Print the round's row."""
         record = state.history[-1]
         self._console.print(_row(_cells(record)), highlight=False)
+        if cut := record.metrics.get("saturated"):
+            self._console.print(
+                f"        {cut:.0f} values were out of range and cut off", style="yellow", highlight=False
+            )
         for failure in record.failures[:_FAILURES_SHOWN]:
             self._console.print(f"        a device failed: {failure}", style="yellow", markup=False, highlight=False)
         self._progress.update(self._bar, completed=record.round)

@@ -17,7 +17,15 @@ from rich.console import Console
 
 from propolis.client.train import choose_device
 from propolis.secure.errors import CancelledError, StorageError, UsageError
-from propolis.server.app import MAY_CHANGE_ON_RESUME, FederatedRun, Members, Observer, initial_model, run_digest
+from propolis.server.app import (
+    MAY_CHANGE_ON_RESUME,
+    FederatedRun,
+    Members,
+    Observer,
+    initial_model,
+    protection_of,
+    run_digest,
+)
 from propolis.server.checkpoint import RunState, load_checkpoint
 from propolis.server.flower import quiet_flower
 from propolis.settings import Settings, load_settings
@@ -84,6 +92,9 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
     task, data = load_data(settings.task, settings.data)
     largest = largest_device(settings, data, settings.clients)
     federation = make_federation(settings.clients, settings.seed) if settings.is_protected else None
+    if settings.is_protected:
+        sampled = max(int(settings.clients * settings.fraction), settings.min_clients)
+        protection_of(settings, largest).require_feasible(sampled, settings.update_range)
     members = Members(federation.verified_roster, largest) if federation else None
     start = _starting_state(settings, options, task)
     _prepare_folder(settings, options)
