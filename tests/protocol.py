@@ -12,8 +12,10 @@ import numpy as np
 
 from propolis.secure.errors import RefusedError
 from propolis.secure.identity import TrustedRoster, trusted_roster
+from propolis.secure.prg import Mask
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.device import Device, Upload
+from propolis.secure.secagg.masks import pairwise_masks
 from propolis.secure.secagg.messages import (
     ConfirmReply,
     HelloReply,
@@ -41,6 +43,12 @@ UNLIMITED = Policy(min_cohort=2, max_reveals_per_model=None)
 
 def untouched(step: str, index: int, data: bytes) -> bytes:
     return data
+
+
+def pairwise_mask(own: int, own_private: bytes, other: int, other_key: bytes, plan: bytes, shared_input: bytes) -> Mask:
+    """The mask of one pair."""
+    (mask,) = pairwise_masks(own, own_private, [(other, other_key)], plan, shared_input)
+    return mask
 
 
 class Cohort:

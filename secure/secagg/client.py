@@ -23,10 +23,10 @@ from propolis.secure.envelope import open_sealed, seal
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TrustError
 from propolis.secure.identity import Signed, agreement_key, require_contributory, sign, verify
 from propolis.secure.merkle import MerkleTree, verify_path
-from propolis.secure.prg import LANE_STREAM, SEED_BYTES, VECTOR_STREAM, Mask, apply_masks
+from propolis.secure.prg import LANE_STREAM, SEED_BYTES, VECTOR_STREAM, apply_masks
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.confirmation import confirm_alive, require_confirmation
-from propolis.secure.secagg.masks import box_info, pairwise_mask, public_half, seed_commitment, self_mask, share_hash
+from propolis.secure.secagg.masks import box_info, pairwise_masks, public_half, seed_commitment, self_mask, share_hash
 from propolis.secure.secagg.messages import (
     BOX_BYTES,
     ConfirmReply,
@@ -151,7 +151,8 @@ class SecAggClient:
         self.check_upload(request)
         request_digest = labels.digest(labels.REQUEST, to_bytes(request))
         masks = [self_mask(self.seed, self.own.index, self.terms.digest, shared_input, request_digest)]
-        masks += [self._pairwise(head, shared_input) for head in self.heads.values()]
+        others = [(head.index, head.mask_key) for head in self.heads.values()]
+        masks += pairwise_masks(self.own.index, self.mask_private, others, self.terms.digest, shared_input)
         ring = self.terms.codec.ring
         apply_masks(vector, masks, ring, VECTOR_STREAM)
         witnessed = np.append(lanes, LANES.embed(np.array([1])))
@@ -244,11 +245,6 @@ class SecAggClient:
         except RefusedError:
             return b"", b""  # the dealer's fault, and it signed the record: the others' shares are enough
         return pair[:SHARE_BYTES], pair[SHARE_BYTES:]
-
-    def _pairwise(self, head: Head, shared_input: bytes) -> Mask:
-        return pairwise_mask(
-            self.own.index, self.mask_private, head.index, head.mask_key, self.terms.digest, shared_input
-        )
 
     def _seal_shares(self, random_bytes: RandomBytes) -> list[bytes]:
         """One record for each neighbour in rising order: the sealed pair of shares, and a hash of each."""

@@ -7,6 +7,8 @@ one mask for two uploads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -26,29 +28,34 @@ def public_half(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def pairwise_mask(own: int, own_private: bytes, other: int, other_key: bytes, plan: bytes, shared_input: bytes) -> Mask:
-    """The mask between two devices, as the first one adds it: the other one takes the same away.
+def pairwise_masks(
+    own: int, own_private: bytes, others: Iterable[tuple[int, bytes]], plan: bytes, shared_input: bytes
+) -> list[Mask]:
+    """The masks between a device and others, as the first one adds them: the others take the same away.
 
     Args:
-        own: index of the device whose upload it is for.
+        own: index of the device whose upload they are for.
         own_private: X25519 private mask key of that device.
-        other: index of the neighbour.
-        other_key: X25519 public mask key of the neighbour.
+        others: index and X25519 public mask key of each neighbour.
         plan: digest of the round's plan.
         shared_input: digest of the model, configuration and encoding that `own` was given.
 
     Raises:
-        PeerError: the neighbour's key is of low order (RFC 7748, section 6.1).
+        PeerError: a neighbour's key is of low order (RFC 7748, section 6.1).
     """
-    try:
-        private = X25519PrivateKey.from_private_bytes(own_private)
-        secret = private.exchange(X25519PublicKey.from_public_bytes(other_key))
-    except ValueError:
-        raise PeerError(Refusal.KEYS, f"the mask key of device {other} is of low order") from None
-    ends = sorted([(own, private.public_key().public_bytes_raw()), (other, other_key)])
-    context = [part for index, key in ends for part in (index_bytes(index), key)]
-    seed = _derive(secret, labels.joined(labels.PAIRWISE_MASK, plan, *context, shared_input))
-    return Mask(seed, 1 if own < other else -1)
+    private = X25519PrivateKey.from_private_bytes(own_private)
+    own_end = (own, private.public_key().public_bytes_raw())
+    masks = []
+    for other, other_key in others:
+        try:
+            secret = private.exchange(X25519PublicKey.from_public_bytes(other_key))
+        except ValueError:
+            raise PeerError(Refusal.KEYS, f"the mask key of device {other} is of low order") from None
+        ends = sorted([own_end, (other, other_key)])
+        context = [part for index, key in ends for part in (index_bytes(index), key)]
+        seed = _derive(secret, labels.joined(labels.PAIRWISE_MASK, plan, *context, shared_input))
+        masks.append(Mask(seed, 1 if own < other else -1))
+    return masks
 
 
 def self_mask(seed: bytes, index: int, plan: bytes, shared_input: bytes, request: bytes) -> Mask:

@@ -22,7 +22,7 @@ from propolis.secure.merkle import MerkleTree
 from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.confirmation import require_confirmation
-from propolis.secure.secagg.masks import pairwise_mask, public_half, seed_commitment, self_mask, share_hash
+from propolis.secure.secagg.masks import pairwise_masks, public_half, seed_commitment, self_mask, share_hash
 from propolis.secure.secagg.member import Member, records_of
 from propolis.secure.secagg.messages import (
     LARGEST_METRICS,
@@ -278,11 +278,10 @@ class SecAggServer:
                 own = self_mask(secret, index, plan, shared_input, member.upload_request)
                 yield Mask(own.seed, -own.sign)
                 continue
-            for other in self._masking(index):
-                head = self._members[other].head
-                if other in alive and head is not None:
-                    # What the alive one added is the inverse of what the dropped one would have.
-                    yield pairwise_mask(index, secret, other, head.mask_key, plan, shared_input)
+            heads = [self._members[other].head for other in self._masking(index) if other in alive]
+            others = [(head.index, head.mask_key) for head in heads if head is not None]
+            # What the alive ones added is the inverse of what the dropped one would have.
+            yield from pairwise_masks(index, secret, others, plan, shared_input)
 
     def _owing(self) -> Iterable[int]:
         """Devices whose secret is needed: the alive, and those that others masked for but that dropped."""

@@ -13,7 +13,7 @@ import pytest
 from attacks.insiders import found, others, read_head, refuses, signed_head, signing_key, upload_with
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import Message
-from protocol import Cohort, Round
+from protocol import Cohort, Round, pairwise_mask
 
 from propolis.protos import identity_pb2, secagg_pb2
 from propolis.secure import labels
@@ -36,7 +36,7 @@ from propolis.secure.identity import (
 )
 from propolis.secure.merkle import HASH_BYTES, MerkleTree, verify_path
 from propolis.secure.secagg.confirmation import confirm_alive, require_confirmation
-from propolis.secure.secagg.masks import box_info, pairwise_mask, public_half, seed_commitment, self_mask, share_hash
+from propolis.secure.secagg.masks import box_info, public_half, seed_commitment, self_mask, share_hash
 from propolis.secure.secagg.member import records_of
 from propolis.secure.secagg.messages import (
     BOX_BYTES,

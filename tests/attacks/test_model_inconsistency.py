@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attacks.uniformity import looks_uniform
-from protocol import SHARED_INPUT, Cohort, Round
+from protocol import SHARED_INPUT, Cohort, Round, pairwise_mask
 
 from propolis.secure import labels
 from propolis.secure.codec.fixed_point import LANES
@@ -17,7 +17,7 @@ from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.client import SecAggClient
-from propolis.secure.secagg.masks import pairwise_mask, public_half, self_mask
+from propolis.secure.secagg.masks import public_half, self_mask
 from propolis.secure.secagg.messages import UploadReply, from_bytes, to_bytes
 from propolis.secure.secagg.plan import Encoding, Terms
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from attacks.insiders import read_head, signed_head
 from attacks.uniformity import looks_uniform
-from protocol import SHARED_INPUT, Cohort, Round
+from protocol import SHARED_INPUT, Cohort, Round, pairwise_mask
 
 from propolis.secure import labels
 from propolis.secure.codec.fixed_point import LANES
@@ -27,7 +27,7 @@ from propolis.secure.ring import Vector
 from propolis.secure.secagg import server as server_module
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.device import Device
-from propolis.secure.secagg.masks import box_info, pairwise_mask, public_half, seed_commitment, self_mask
+from propolis.secure.secagg.masks import box_info, public_half, seed_commitment, self_mask
 from propolis.secure.secagg.member import records_of
 from propolis.secure.secagg.messages import (
     BOX_BYTES,

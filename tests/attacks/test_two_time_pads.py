@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attacks.uniformity import looks_uniform
-from protocol import MODEL, SHARED_INPUT, Cohort, Round
+from protocol import MODEL, SHARED_INPUT, Cohort, Round, pairwise_mask
 
 from propolis.secure import labels
 from propolis.secure.errors import PeerError, Refusal
@@ -20,7 +20,7 @@ from propolis.secure.ring import Vector
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.device import Device, Upload
 from propolis.secure.secagg.device_state import DeviceState
-from propolis.secure.secagg.masks import box_info, pairwise_mask, public_half, seed_commitment, self_mask, share_hash
+from propolis.secure.secagg.masks import box_info, public_half, seed_commitment, self_mask, share_hash
 from propolis.secure.secagg.messages import (
     PrepareReply,
     UnmaskReply,

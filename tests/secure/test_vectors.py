@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from protocol import pairwise_mask
 
 from propolis.protos import identity_pb2 as pb
 from propolis.secure import labels
@@ -18,7 +19,7 @@ from propolis.secure.envelope import open_sealed
 from propolis.secure.errors import PeerError, Refusal
 from propolis.secure.identity import Prekey, SigningKey, sign
 from propolis.secure.prg import key_stream
-from propolis.secure.secagg.masks import _derive, index_bytes, pairwise_mask, public_half
+from propolis.secure.secagg.masks import _derive, index_bytes, public_half
 
 VECTORS = files("cryptography_vectors")
 
