@@ -30,6 +30,7 @@ _POLICY_KEYS: dict[str, str] = {
     "propolis-min-corrupted": "min_corrupted",
     "propolis-min-dropped": "min_dropped",
     "propolis-max-weight": "max_weight",
+    "propolis-weight-key": "weight_key",
     "propolis-max-norm": "max_norm",
     "propolis-max-reveals": "max_reveals_per_model",
     "propolis-require-malicious": "require_malicious",
@@ -94,6 +95,8 @@ class FileStore:
         """See `DeviceStore.change`."""
         path = self._folder / STATE_FILE
         with _locked(self._folder / LOCK_FILE):
+            for stale in self._folder.glob(f".{STATE_FILE}.*"):  # of a write that a crash ended: it holds old secrets
+                stale.unlink(missing_ok=True)
             before = _read(path)
             device = Device(DeviceState.from_bytes(before), self.policy, time.time())
             result = step(device)
@@ -119,7 +122,7 @@ def policy_of(node_config: Mapping[str, Any]) -> Policy:
         default = getattr(defaults, name)
         kinds = (int, float) if default is None or isinstance(default, float) else type(default)
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise UsageError(f"{key} in the node's configuration must be a number or a flag, got {value!r}")
+            raise UsageError(f"{key} in the node's configuration has the wrong type, got {value!r}")
         values[name] = value
     return Policy(**values)
 

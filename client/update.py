@@ -104,19 +104,27 @@ def _upload(
     content = without_record(message.content)
     old = model_in(content)
     model = model_digest(old)
-    shared_input = shared_input_of(content, model)
-    stored, terms, seed = store.change(
-        lambda device: (device.begin_upload(request, shared_input), device.terms, device.rounding_seed())
-    )
+    shared_input = shared_input_of(content, model, message.metadata.group_id)
+
+    def begin(device: Device) -> tuple[bytes | None, Terms, bytes]:
+        terms = device.terms
+        if message.metadata.message_type != terms.kind.name.lower():
+            kinds = f"{message.metadata.message_type} in a round to {terms.kind.name.lower()}"
+            raise PeerError(Refusal.MODEL, f"a message to {kinds}")
+        _require_names(old, terms, exactly=False)
+        device.require_reveals_left(model)
+        return device.begin_upload(request, shared_input), terms, device.rounding_seed()
+
+    stored, terms, seed = store.change(begin)
     if stored is not None:
         return stored
-    if message.metadata.message_type != terms.kind.name.lower():
-        raise PeerError(Refusal.MODEL, f"a message to {message.metadata.message_type} in a round to {terms.kind.name}")
-    _require_names(old, terms, exactly=False)
-    reply = _trained(message, context, call_next)
-    update = _within(_update_of(reply, old, terms), store.policy)
-    rng = np.random.default_rng(int.from_bytes(seed, "big"))
-    vector, lanes, metrics = encode_update(update, terms.plan.encoding, len(terms.cohort), rng)
+    try:
+        update = _within(_update_of(_trained(message, context, call_next), old, terms), store.policy)
+        rng = np.random.default_rng(int.from_bytes(seed, "big"))
+        vector, lanes, metrics = encode_update(update, terms.plan.encoding, len(terms.cohort), rng)
+    except RefusedError:
+        store.change(lambda device: device.count_reveal(model))
+        raise
     upload = Upload(shared_input, model, vector, lanes, metrics)
     return store.change(lambda device: device.upload(request, upload))
 
@@ -129,6 +137,8 @@ def _trained(message: Message, context: Context, call_next: ClientAppCallable) -
     except (Exception, SystemExit) as error:  # the user's own code
         _log.debug("the app failed", exc_info=True)
         raise PeerError(Refusal.TRAINING_FAILED, f"the app failed: {type(error).__name__}: {error}") from None
+    if not isinstance(reply, Message):
+        raise PeerError(Refusal.TRAINING_FAILED, f"the app answered {type(reply).__name__}")
     if reply.has_error():
         raise PeerError(Refusal.TRAINING_FAILED, f"the app answered error {reply.error.code}: {reply.error.reason}")
     return reply.content

@@ -45,6 +45,8 @@ class Batch:
             raise UsageError(f"a SecureGrid protects train or evaluate messages, got {', '.join(sorted(types))}")
         if len({message.metadata.dst_node_id for message in messages}) < len(messages):
             raise UsageError("a SecureGrid sends each device one message in a round")
+        if len({message.metadata.group_id for message in messages}) > 1:
+            raise UsageError("a SecureGrid sends messages of one group")
         _require_one_content(messages)
         content = messages[0].content
         try:
@@ -54,7 +56,9 @@ class Batch:
         (key,) = content.array_records
         (kind,) = (_KINDS[each] for each in types)
         digest = model_digest(model)
-        return cls(messages, timeout, kind, shared_input_of(content, digest), key, model, digest)
+        return cls(
+            messages, timeout, kind, shared_input_of(content, digest, messages[0].metadata.group_id), key, model, digest
+        )
 
     @property
     def message_type(self) -> str:
@@ -80,7 +84,7 @@ class Batch:
     def server_round(self) -> int | None:
         """The round as the application counts, where it says so."""
         for record in self.content.config_records.values():
-            if isinstance(number := record.get("server-round"), int) and number >= 0:
+            if isinstance(number := record.get("server-round"), int) and 0 <= number < 2**31:
                 return number
         return None
 
@@ -115,10 +119,8 @@ class Outcome:
         return ConfigRecord({"survivors": self.survivors, "asked": self.asked, "failures": list(self.failures)})
 
     @classmethod
-    def of(cls, content: RecordDict) -> Self | None:
-        """The outcome in a reply; None in one that is a single device's."""
-        record = content.config_records.get(RECORD)
-        if record is None:
-            return None
+    def of(cls, content: RecordDict) -> Self:
+        """The outcome in a reply of a `SecureGrid`."""
+        record = content.config_records[RECORD]
         survivors, asked, failures = record["survivors"], record["asked"], record["failures"]
         return cls(cast(int, survivors), cast(int, asked), tuple(cast(list[str], failures)))

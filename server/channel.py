@@ -32,6 +32,12 @@ class Channel:
         self._grid, self._type, self._group_id, self._cancelled = grid, message_type, group_id, cancelled
         self.failures: dict[int, str] = {}
 
+    @property
+    def said(self) -> str:
+        """What the devices that failed said last, for a person."""
+        reasons = list(self.failures.values())
+        return f"; one said: {reasons[-1]}" if reasons else "; the others were lost or did not answer in time"
+
     def ask(
         self, asked: Exchange, bodies: Mapping[int, bytes], timeout: float, content: RecordDict | None = None
     ) -> Iterator[tuple[int, bytes]]:

@@ -57,7 +57,8 @@ class SecureGrid(GridWrapper):
         strategy: that will aggregate the reply.
         roster: who may take part, verified.
         protection: see `Protection`.
-        exact: names of arrays that need more than a coarse grid, such as running statistics; integers always do.
+        exact: names of arrays that need more than a coarse grid, such as running statistics; integers (up to 2^53)
+            always do.
         frozen: names of arrays that devices do not send back.
         journal: file in which the shares of a round are kept before they are used: a server that is started again
             after a crash, and asks the same, gets that round's sum, and the devices reveal nothing twice.
@@ -156,11 +157,11 @@ class SecureGrid(GridWrapper):
         return server
 
     def _published_mean(self, batch: Batch, server: SecAggServer, channel: Channel) -> Message:
-        mean = self._mean(server, batch)
+        mean = self._mean(server, batch, channel)
         self._remember_published(batch, frozenset(server.alive))
         return self._reply(batch, mean, server, channel)
 
-    def _mean(self, server: SecAggServer, batch: Batch) -> Mean:
+    def _mean(self, server: SecAggServer, batch: Batch, channel: Channel) -> Mean:
         """What the devices' sum says; a device that is known to have made it impossible takes part no more."""
         encoding, cohort, alive = server.terms.plan.encoding, len(server.terms.cohort), len(server.alive)
         try:
@@ -170,6 +171,8 @@ class SecureGrid(GridWrapper):
             if error.culprit is not None:
                 self._directory.ban(error.culprit)
             raise TooFewPeersError(f"the sum cannot be told: {error}") from None
+        except TooFewPeersError as error:
+            raise TooFewPeersError(f"{error}{channel.said}") from None
 
     def _role(self, batch: Batch, nodes: dict[int, int]) -> SecAggServer:
         """The protocol's role for the devices that are there."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from propolis.secure.codec.fixed_point import FixedPoint
 from propolis.secure.codec.update import Encoding
+from propolis.secure.errors import UsageError
 from propolis.secure.graph import sharing
 from propolis.secure.identity import TrustedRoster
 from propolis.secure.secagg.messages import to_bitmap
@@ -20,7 +22,7 @@ class Protection:
     """How a federation's sums are protected; devices refuse what is below their own policy.
 
     Attributes:
-        max_weight: largest weight of a device, public; a device with a larger one is refused.
+        max_weight: largest weight of a device, public; a larger one is cut to it.
         bits: width of the ring, which is what a parameter costs on the wire.
         range: largest weighted change that the first round can carry; later rounds follow the devices' mean.
         min_clients: fewest devices that a sum is over; devices have a floor of their own.
@@ -40,6 +42,14 @@ class Protection:
     corrupted: float = 0.1
     dropped: float = 0.25
     attempts: int = 3
+
+    def __post_init__(self) -> None:
+        if not (0 < self.max_weight < inf and 2 <= self.bits <= 32 and 1e-12 <= self.range <= 1e12):
+            raise UsageError("a Protection needs max_weight > 0, bits in 2..32 and a range in 1e-12..1e12")
+        if self.attempts < 1 or self.min_clients < 1 or self.min_difference < 1:
+            raise UsageError("a Protection needs attempts, min_clients and min_difference of at least 1")
+        if not (0 <= self.corrupted < 1 and 0 <= self.dropped < 1):
+            raise UsageError("a Protection needs corrupted and dropped in [0, 1)")
 
     def require_feasible(self, devices: int, range_: float) -> None:
         """What devices would refuse is our own mistake: find it out before they are asked.

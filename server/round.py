@@ -17,6 +17,7 @@ from propolis.secure.errors import PropolisError, TooFewPeersError
 from propolis.server.batch import Outcome
 from propolis.server.exchange import Snapshot
 from propolis.server.flower import AppExitException, is_made_up
+from propolis.server.grid import SecureGrid
 from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY, GlobalModel, average, split_replies
 
 
@@ -79,7 +80,10 @@ class Round:
         except TooFewPeersError as error:  # a secure sum over them does not exist
             raise TooFewPeersError(f"round {self.number}: {error}") from None
         usable, failures = _sift(replies, lambda reply: _fault(reply, model))
-        survivors, failures = _tally(usable, failures)
+        if isinstance(self.grid, SecureGrid):
+            survivors, failures = _tally(usable, failures)
+        else:
+            survivors = len(usable)
         if survivors < self.min_clients:
             why = f"; one said: {failures[0]}" if failures else "; the others were lost or did not answer in time"
             raise TooFewPeersError(
@@ -151,10 +155,10 @@ def _sift(replies: list[Message], fault_of: Callable[[Message], str | None]) -> 
 
 
 def _tally(usable: list[Message], failures: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
-    """How many devices the replies are of, and what the others said: one reply may be the mean of many."""
+    """How many devices the replies of a secure grid are of, and what the others said."""
     outcomes = [Outcome.of(reply.content) for reply in usable]
-    said = [failure for outcome in outcomes if outcome for failure in outcome.failures]
-    return sum(outcome.survivors if outcome else 1 for outcome in outcomes), (*failures, *said)
+    said = [failure for outcome in outcomes for failure in outcome.failures]
+    return sum(outcome.survivors for outcome in outcomes), (*failures, *said)
 
 
 def _metric_names(reply: Message) -> frozenset[str]:

@@ -122,13 +122,8 @@ class SecureRound:
     def _require(self, count: int, did: str) -> None:
         if count < self._min_clients:
             raise TooFewPeersError(
-                f"{count} of {len(self._nodes)} devices {did}, {self._min_clients} are needed{self.said()}"
+                f"{count} of {len(self._nodes)} devices {did}, {self._min_clients} are needed{self._channel.said}"
             )
-
-    def said(self) -> str:
-        """What the devices that failed said, for a person."""
-        reasons = list(dict.fromkeys(self._channel.failures.values()))
-        return f"; one said: {reasons[0]}" if reasons else "; the others were lost or did not answer in time"
 
 
 def _take_hello(directory: Directory, node_id: int, challenge: bytes, body: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ _HEAD_LANES = 3
 # The range of the next round, in units of the mean of the devices' largest magnitudes.
 _HEADROOM = 4.0
 _SMALLEST_RANGE, _LARGEST_RANGE = 1e-12, 1e12
+# Of the largest weight; a mean over less is a division by what a lying device made of it.
+_SMALLEST_SHARE = 2.0**-20
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,7 +38,7 @@ class Encoding:
     Attributes:
         width: bits of the ring of the update.
         range: largest magnitude of one weighted change; what exceeds it is cut off and counted.
-        max_weight: weights are taken relative to this public maximum.
+        max_weight: weights are taken relative to this public maximum; larger ones are cut to it and counted.
         weight_key: the metric that is the weight.
         quantized: names of the arrays that travel on the grid of the ring, sorted.
         exact: names of the arrays that travel as lanes, sorted.
@@ -107,11 +109,12 @@ def encode_update(
         The vector, (d,) in Z_2^width; the lanes, (m,) in Z_2^64; the names of the metrics, which are the last lanes.
 
     Raises:
-        PeerError: the weight is not in (0, max_weight], or a change or a metric is not finite.
+        PeerError: the weight is not positive and finite, or a change or a metric is not finite.
     """
-    if not 0 < update.weight <= encoding.max_weight:
-        raise PeerError(Refusal.WEIGHT, f"the weight must be in (0, {encoding.max_weight:g}], got {update.weight:g}")
-    share = update.weight / encoding.max_weight
+    if not 0 < update.weight < inf:
+        raise PeerError(Refusal.WEIGHT, f"the weight must be positive and finite, got {update.weight:g}")
+    # Cut and not refused: a refusal would tell the server whether the weight is above a bound of its choice.
+    share = min(update.weight / encoding.max_weight, 1.0)
     grid = _flat(update.changes, encoding.quantized, np.float32)
     exact = _flat(update.changes, encoding.exact, np.float64)
     if not (np.isfinite(grid).all() and np.isfinite(exact).all()):
@@ -122,6 +125,7 @@ def encode_update(
     grid *= np.float32(share)
     vector, saturated = FixedPoint(encoding.width, devices, encoding.range).encode(grid, rng)
     largest = float(np.abs(grid).max(initial=0.0))
+    saturated += update.weight > encoding.max_weight
     lanes = [share, float(saturated), largest, *(share * exact), *(share * update.metrics[name] for name in names)]
     encoded, cut = encode_lanes(np.array(lanes, np.float64), devices)
     if cut:  # a metric or a counter beyond billions: counted with the others
@@ -145,12 +149,14 @@ def decode_mean(
         alive: how many of them are in the sum.
 
     Raises:
-        PeerError: the weights do not add up to something positive, which no honest devices' do.
+        PeerError: the weights do not add up to something that is positive and not tiny: a device lies, or the
+            maximum is a million times too large.
     """
     values = decode_lanes(lanes)
     share, saturated, largest = (float(value) for value in values[:_HEAD_LANES])
-    if not 0 < share <= alive * (1 + 1e-6):
-        raise PeerError(Refusal.WEIGHT, f"{alive} devices' weights add up to {share * encoding.max_weight:g}")
+    if not alive * _SMALLEST_SHARE < share <= alive * (1 + 1e-6):
+        weights = f"{share * encoding.max_weight:g}, of at most {encoding.max_weight:g} each"
+        raise PeerError(Refusal.WEIGHT, f"{alive} devices' weights add up to {weights}")
     means = FixedPoint(encoding.width, devices, encoding.range).decode(total) / share
     fixed = encoding.fixed_lanes(shapes)
     changes = {
@@ -164,7 +170,7 @@ def decode_mean(
 def following_range(range_: float, largest: float) -> float:
     """The range of the next round: some headroom over what was seen, and within a factor of two of this one's.
 
-    So one lying device cannot drag it far in a round.
+    So one lying device cannot drag it far in a round; over many rounds it can.
     """
     wanted = min(max(_HEADROOM * largest, range_ / 2), range_ * 2)
     return min(max(wanted, _SMALLEST_RANGE), _LARGEST_RANGE)

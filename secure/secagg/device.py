@@ -157,11 +157,10 @@ class Device:
         client = self._client(asked.plan_digest)
 
         def reveal() -> bytes:
-            alive, fewest = len(asked.alive), self._policy.min_cohort
-            if client.terms.is_complete and alive < fewest:
-                raise PeerError(Refusal.POLICY, f"a sum of {alive} devices is of fewer than {fewest}")
+            self._require_floor(client.terms, len(asked.alive))
+            self.require_reveals_left(self.state.model)
             reply = client.unmask(asked)
-            self._count_reveal(client.terms)
+            self.count_reveal(self.state.model)
             return self._keep(client, reply)
 
         return self._once(Exchange.UNMASK, request, client.terms, reveal)
@@ -232,6 +231,8 @@ class Device:
             raise PeerError(Refusal.POLICY, f"{count} devices are fewer than {policy.min_cohort}")
         if plan.corrupted_ppm < policy.min_corrupted * 1e6 or plan.dropped_ppm < policy.min_dropped * 1e6:
             raise PeerError(Refusal.POLICY, "the plan assumes fewer corrupted or dropped devices than this device does")
+        if plan.encoding.weight_key != policy.weight_key:
+            raise PeerError(Refusal.POLICY, f"this device's weight is {policy.weight_key}, not what the plan says")
         if policy.require_malicious and not plan.malicious:
             raise PeerError(Refusal.POLICY, "this device asks for protection against a lying server")
 
@@ -247,15 +248,36 @@ class Device:
             raise TrustError(Refusal.KEYS, f"the prekey {prekey.number} of device {descriptor.index} was used before")
         return Neighbour(descriptor.index, digest, descriptor.signing_key, prekey.public_key, prekey.number)
 
-    def _count_reveal(self, terms: Terms) -> None:
-        """Against differencing: a sum over one model is revealed a limited number of times, across all runs."""
+    def require_reveals_left(self, model: bytes) -> None:
+        """Against differencing: sums over one model are revealed a limited number of times, across all runs.
+
+        Args:
+            model: digest of the model.
+
+        Raises:
+            PeerError: as many as the policy allows were revealed.
+        """
         allowed = self._policy.max_reveals_per_model
-        if allowed is None:
-            return
-        counted = labels.digest(labels.MODEL, self.state.model, terms.kind.name.encode())
-        if self.state.reveals.get(counted, 0) >= allowed:
+        if allowed is not None and self.state.reveals.get(self._counted(model), 0) >= allowed:
             raise PeerError(Refusal.REVEALS, f"{allowed} sums over this model were revealed, as many as allowed")
-        self.state.count_reveal(counted)
+
+    def count_reveal(self, model: bytes) -> None:
+        """Count a sum, or an error after training: that tells the server something of the data too."""
+        if self._policy.max_reveals_per_model is not None:
+            self.state.count_reveal(self._counted(model))
+
+    def _counted(self, model: bytes) -> bytes:
+        return labels.digest(labels.MODEL, model, self.terms.kind.name.encode())
+
+    def _require_floor(self, terms: Terms, alive: int) -> None:
+        """Refuse a sum of fewer than the floor, as far as it can be told from this device's neighbours.
+
+        A device sees k of the other n - 1; of a cohort that has shrunk to the floor it would see this many left.
+        """
+        others = len(terms.cohort) - 1
+        fewest = 1 + -(-terms.sharing.degree * (self._policy.min_cohort - 1) // others)
+        if alive < fewest:
+            raise PeerError(Refusal.POLICY, f"{alive} devices are alive here; with {fewest} the cohort is at its floor")
 
     def _client(self, plan_digest: bytes) -> SecAggClient:
         """The role in the round under way."""

@@ -112,11 +112,6 @@ class Terms:
         """Round and attempt: of one run, a device takes part in rising ones only."""
         return self.plan.round, self.plan.attempt
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether everybody is everybody's neighbour."""
-        return self.sharing.degree == len(self.cohort) - 1
-
     @cached_property
     def _graph(self) -> NeighbourGraph:
         plan = self.plan

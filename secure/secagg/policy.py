@@ -18,6 +18,8 @@ class Policy:
         min_dropped: smallest share of drop-outs that the sparse graph must stand.
         max_weight: largest weight, in the unit of the application (mostly examples), that this device's update may
             have; its own weight is cut down to it. None leaves it to the public maximum.
+        weight_key: the only metric that the server may ask for as a weight. It is in the unit of the public maximum,
+            so that a server that could choose would compare any metric with any bound.
         max_norm: largest L2 norm of this device's change to the model; a larger one is scaled down. None: any.
         max_reveals_per_model: how often this device helps to unmask a sum over one model, for training and for
             evaluation each, across runs. None: any number, as in a simulation.
@@ -29,6 +31,7 @@ class Policy:
     min_corrupted: float = 0.05
     min_dropped: float = 0.05
     max_weight: float | None = None
+    weight_key: str = "num-examples"
     max_norm: float | None = None
     max_reveals_per_model: int | None = 4
     require_malicious: bool = False

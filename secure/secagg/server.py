@@ -10,6 +10,7 @@ Memory is one vector, one lane vector and the sealed shares, whatever the number
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Self
 
@@ -78,6 +79,7 @@ class SecAggServer:
         self._lanes: Vector | None = None
         self._metrics = metrics
         self._offered_metrics: dict[int, tuple[str, ...]] = {}
+        self._unopened: Counter[int] = Counter()  # by dealer, who sent shares but none of it
         self._preparing, self._uploading = True, True
         self._mask_keys: set[bytes] = set()
 
@@ -241,6 +243,7 @@ class SecAggServer:
         if not member.uploaded:
             raise PeerError(Refusal.PHASE, f"device {index} was not asked for shares")
         masking = set(self._masking(index))
+        self._unopened.update(masking - {share.dealer for share in reply.shares})
         for share in reply.shares:
             if share.dealer in masking and self._is_genuine(share.value, share.dealer, index):
                 member.shares[share.dealer] = share.value
@@ -295,8 +298,13 @@ class SecAggServer:
         threshold = self.terms.sharing.threshold
         holders = [other for other in self._masking(index) if index in self._members[other].shares]
         if len(holders) < threshold:
+            if self._unopened[index] > len(self._masking(index)) - threshold:
+                raise PeerError(Refusal.SHARES, f"what device {index} sealed does not open", index)
             raise TooFewPeersError(f"{len(holders)} shares of device {index} came, {threshold} are needed")
-        secret = combine([(other + 1, self._members[other].shares[index]) for other in holders[:threshold]])
+        try:
+            secret = combine([(other + 1, self._members[other].shares[index]) for other in holders[:threshold]])
+        except PeerError as error:  # each share is the one that the dealer signed
+            raise PeerError(error.refusal, f"device {index}: {error}", index) from None
         head = self._members[index].head
         if self._members[index].uploaded:
             genuine = head and seed_commitment(secret, index, self.terms.digest) == head.seed_commitment

@@ -102,7 +102,7 @@ class DevicesHere:
     def _upload(self, device: Device, request: bytes, update: NDArray[np.float32]) -> bytes:
         """What `propolis.client.update` does around an app's training."""
         digest = model_digest(model_in(self._content))
-        shared_input = shared_input_of(self._content, digest)
+        shared_input = shared_input_of(self._content, digest, "")
         device.begin_upload(request, shared_input)
         terms, rng = device.terms, np.random.default_rng(int.from_bytes(device.rounding_seed(), "big"))
         weighted = Update({NAME: update}, 1.0, {})

@@ -69,7 +69,7 @@ def secure_sum(devices: Devices, count: int, dimension: int, dropped: Collection
     content = content_of(dimension)
     began = time.perf_counter()
     asking = _Asking(devices)
-    shared_input = shared_input_of(content, model_digest(model_in(content)))
+    shared_input = shared_input_of(content, model_digest(model_in(content)), "")
     server = _introduced(asking, count, dimension)
     for index in server.terms.cohort:
         server.receive_prepare(index, from_bytes(PrepareReply, asking(Exchange.PREPARE, index, server.prepare_request)))

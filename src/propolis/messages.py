@@ -84,25 +84,28 @@ def model_in(content: RecordDict) -> Arrays:
     return arrays
 
 
-def shared_input_of(content: RecordDict, model: bytes) -> bytes:
+def shared_input_of(content: RecordDict, model: bytes, group_id: str) -> bytes:
     """Digest of everything that the application put into a message: model, configuration, metrics.
 
-    It depends on names, types and values alone, not on the order in which they travelled.
+    The order counts too: an app may take arrays by their position, or merge records one over the other.
 
     Args:
         content: the message's, without the protocol's record.
         model: `model_digest` of the arrays in it.
+        group_id: the message's.
     """
-    parts: list[bytes] = [model]
-    for name, record in sorted(content.items()):
-        kind = type(record).__name__.encode()
-        values = [] if isinstance(record, ArrayRecord) else sorted(record.items())
-        parts += [name.encode(), kind, *(part for item in values for part in _value_parts(*item))]
+    parts: list[bytes] = [model, group_id.encode()]
+    for name, record in content.items():
+        values: Iterable[tuple[str, object]] = record.items()
+        if isinstance(record, ArrayRecord):
+            values = [(key, "") for key in record]
+        items = [part for item in values for part in _value_parts(*item)]
+        parts.append(labels.joined(name.encode(), type(record).__name__.encode(), *items))
     return labels.digest(labels.INPUT, *parts)
 
 
 def model_digest(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Digest of a model: names, types, shapes and values, whatever their encoding was."""
+    """Digest of a model: names, types, shapes and values, whatever their encoding and order were."""
     parts: list[bytes | memoryview] = []
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

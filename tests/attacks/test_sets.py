@@ -12,7 +12,7 @@ import pytest
 from attacks.insiders import read_head, signed_head
 from protocol import SHARED_INPUT, UNLIMITED, Cohort, Round
 
-from propolis.secure.errors import PeerError, Refusal, RefusedError, TrustError
+from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.confirmation import confirm_alive
 from propolis.secure.secagg.device import Device
@@ -167,6 +167,19 @@ def begin(malicious: bool, until: str) -> Round:
         if name == until:
             return played
     raise AssertionError(until)
+
+
+def test_the_floor_holds_on_a_sparse_graph_too_as_far_as_a_device_can_see() -> None:
+    """Of a cohort of 100 that has shrunk to 85, a device whose floor is 95 sees too few of its neighbours."""
+    played = Cohort(100, policy=Policy(min_cohort=95, max_reveals_per_model=None)).round()
+    assert played.terms.sharing.degree < 99
+    gone = range(0, 100, 7)
+    played.prepare()
+    played.upload(silent=gone)
+    played.unmask()
+    assert {error.refusal for error in played.refused.values()} == {Refusal.POLICY}
+    with pytest.raises(TooFewPeersError):
+        played.sum()
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,15 @@ def test_a_step_that_changes_nothing_writes_nothing(federation: Federation, tmp_
     assert (tmp_path / STATE_FILE).stat().st_ino == before.st_ino
 
 
+def test_what_a_crash_left_of_an_older_state_is_removed(tmp_path: Path) -> None:
+    """It holds secrets that a closed round must not leave behind."""
+    FileStore.create(tmp_path / "device", make_federation(1).devices[0])
+    stale = tmp_path / "device" / ".device.state.a1b2c3"
+    stale.write_bytes(b"old secrets")
+    FileStore(tmp_path / "device", Policy()).change(lambda device: None)
+    assert not stale.exists()
+
+
 def test_a_lock_that_is_held_too_long_is_an_error_and_not_a_wait(
     federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

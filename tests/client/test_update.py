@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from secure_app import MODEL, Hive, Work, answer, arrays_of, honest, metrics_of, outcome_of, record, require_mean, shift
 
 from propolis.client.state import policy_of
 from propolis.client.update import SecureMod, node_store, secure_mod
-from propolis.messages import RECORD, protocol_record, refusal_of
+from propolis.messages import RECORD, open_record, protocol_record, refusal_of
 from propolis.secure.errors import Refusal, StorageError, TooFewPeersError, UsageError
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
@@ -90,7 +91,9 @@ def malformed(**values: Any) -> RecordDict:
 )
 @pytest.mark.parametrize("kind", ["train", "evaluate", "query"])
 def test_garbage_is_refused_as_malformed(content: RecordDict, kind: str) -> None:
-    assert code_of(ask(content, kind)) is Refusal.MALFORMED
+    # What is no request at all is found out when the round that it is for is looked up.
+    is_upload = len(content) == 2 and open_record(content)[0] is Exchange.UPLOAD
+    assert code_of(ask(content, kind)) is (Refusal.PHASE if is_upload else Refusal.MALFORMED)
 
 
 @pytest.mark.parametrize("wrong", [MetricRecord({"exchange": 1}), ArrayRecord()], ids=["metrics", "arrays"])
@@ -226,7 +229,6 @@ FAULTS: dict[str, tuple[Callable[[Message], RecordDict], Refusal]] = {
     "list weight": (with_metrics(num_examples=[2]), Refusal.WEIGHT),
     "zero weight": (with_metrics(num_examples=0), Refusal.WEIGHT),
     "negative weight": (with_metrics(num_examples=-2), Refusal.WEIGHT),
-    "large weight": (with_metrics(num_examples=6), Refusal.WEIGHT),
     "nan weight": (with_metrics(num_examples=np.nan), Refusal.WEIGHT),
     "inf weight": (with_metrics(num_examples=np.inf), Refusal.WEIGHT),
 }
@@ -276,7 +278,7 @@ def test_floating_types_may_differ_between_the_model_and_the_update(kind: type, 
     assert {array.dtype for array in arrays_of(reply).values()} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("fault", ["raises", "nan metric", "no metrics", "list metric", "no weight", "large weight"])
+@pytest.mark.parametrize("fault", ["raises", "nan metric", "no metrics", "list metric", "no weight", "inf weight"])
 def test_a_fault_in_evaluation_is_a_drop_out_too(fault: str) -> None:
     work, refusal = FAULTS[fault]
     hive = Hive(5, lambda message, index: work(message) if index == 1 else answer(num_examples=1, loss=0.25))
@@ -385,10 +387,26 @@ def test_a_policys_limit_on_reveals_holds_across_rounds() -> None:
     hive = Hive(3, policy=Policy(max_reveals_per_model=2))
     hive.round()
     hive.round()
-    with pytest.raises(TooFewPeersError, match="shares of device"):
+    with pytest.raises(TooFewPeersError, match=r"0 of 3 devices sent a masked update.* one said: upload: reveals"):
         hive.round()
     hive.round(model={name: array + 1 for name, array in MODEL.items()})
     hive.round("evaluate")
+
+
+def test_an_error_after_training_counts_like_a_sum_for_it_tells_something_too() -> None:
+    """A server could have a crafted model fail, or not, by what the data are."""
+    hive = Hive(5, unwell(lambda message: sys.exit(3)), policy=Policy(max_reveals_per_model=2))
+    said = [outcome_of(hive.round()).failures for _ in range(2)]
+    assert said == [("upload: training-failed",)] * 2
+    with pytest.raises(TooFewPeersError, match="upload: reveals"):
+        hive.round()
+
+
+def test_a_device_keeps_its_weight_key_to_itself() -> None:
+    """A server that could choose would compare any metric with any bound."""
+    hive = Hive(3, strategy=FedAvg(weighted_by_key="loss"))
+    with pytest.raises(TooFewPeersError, match="prepare: policy"):
+        hive.round()
 
 
 def test_a_policy_comes_from_the_nodes_configuration() -> None:
@@ -398,13 +416,14 @@ def test_a_policy_comes_from_the_nodes_configuration() -> None:
         "propolis-min-corrupted": 0.2,
         "propolis-min-dropped": 0,
         "propolis-max-weight": 100,
+        "propolis-weight-key": "minutes",
         "propolis-max-norm": 1.5,
         "propolis-max-reveals": 9,
         "propolis-require-malicious": True,
         "propolis-dir": "/somewhere",
         "partition-id": 3,
     }
-    assert policy_of(config) == Policy(5, 2, 0.2, 0, 100, 1.5, 9, True)
+    assert policy_of(config) == Policy(5, 2, 0.2, 0, 100, "minutes", 1.5, 9, True)
     assert policy_of({}) == Policy()
     assert policy_of({}).max_reveals_per_model == 4
     assert SIMULATED.max_reveals_per_model is None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from harness import Blobs
@@ -132,6 +132,25 @@ def test_a_faulty_device_is_a_dropped_one(kind: str) -> None:
     assert (state.history[0].survivors, state.history[0].dropped) == (2, 1)
     assert len(state.history[0].failures) == 1
     np.testing.assert_allclose(state.model.arrays["0.weight"], start.arrays["0.weight"] + 2.5, rtol=1e-6)
+
+
+def test_a_device_does_not_pass_for_many() -> None:
+    def reply(message: Message, node_id: int) -> tuple[ArrayRecord, MetricRecord]:
+        return shifted(message, node_id), MetricRecord({"num-examples": 1})
+
+    def load() -> ClientApp:
+        app = ClientApp()
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            arrays, metrics = reply(message, context.node_id)
+            boast = ConfigRecord({"survivors": 1000, "asked": 1000, "failures": 3})
+            return Message(RecordDict({"arrays": arrays, "metrics": metrics, "propolis": boast}), reply_to=message)
+
+        return app
+
+    state = federated_run(Settings(clients=3, rounds=1)).run(LocalGrid(load, 3))
+    assert (state.history[0].survivors, state.history[0].dropped) == (3, 0)
 
 
 def test_too_few_survivors_are_an_error_after_the_attempts_and_the_model_is_kept() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, Strategy
@@ -35,6 +35,7 @@ from propolis.messages import RECORD
 from propolis.secure.codec.fixed_point import LANES, encode_lanes
 from propolis.secure.errors import TooFewPeersError, TrustError, UsageError
 from propolis.secure.secagg.messages import HelloReply, PrepareReply, UploadReply, from_bytes
+from propolis.secure.secagg.policy import Policy
 from propolis.server.batch import Outcome
 from propolis.server.exchange import GridWrapper
 from propolis.server.grid import SecureGrid
@@ -141,7 +142,8 @@ def test_a_strategy_names_its_own_weight() -> None:
     def by_duration(message: Message, index: int) -> RecordDict:
         return answer(arrays_of(Message(honest(message, index), reply_to=message)), minutes=index + 0.5)
 
-    hive = Hive(3, by_duration, strategy=FedAvg(weighted_by_key="minutes"))
+    policy = Policy(weight_key="minutes", max_reveals_per_model=None)
+    hive = Hive(3, by_duration, policy=policy, strategy=FedAvg(weighted_by_key="minutes"))
     reply = hive.round()
     expected = sum((index + 0.5) * shift(index) for index in range(3)) / 4.5
     np.testing.assert_allclose(arrays_of(reply)["w"], MODEL["w"] + expected, atol=1e-3)
@@ -521,6 +523,57 @@ def test_a_device_that_got_another_configuration_makes_the_attempt_fail(record_n
     hive.wire.deliver = other_for_one
     with pytest.raises(TooFewPeersError, match="the sum is noise"):
         hive.round(lr=0.10001)
+
+
+def reordered(content: RecordDict, what: str) -> RecordDict:
+    """The same records, in which something comes in another order."""
+    records = {name: content[name] for name in (RECORD, "arrays", "config")}
+    if what == "arrays":
+        records["arrays"] = ArrayRecord(dict(reversed(content.array_records["arrays"].items())))
+    if what == "config":
+        records["config"] = ConfigRecord(dict(reversed(content.config_records["config"].items())))
+    names = list(content) if what != "records" else list(reversed(list(content)))
+    return RecordDict({name: records[name] for name in names})
+
+
+@pytest.mark.parametrize("what", ["arrays", "config", "records", "group"])
+def test_a_device_that_got_the_same_in_another_order_makes_the_attempt_fail(what: str) -> None:
+    """Apps take arrays by their position: in another order they are another model (Pasquini et al., CCS 2022)."""
+
+    def other_for_one(exchange: str, message: Message) -> Message:
+        if (exchange, message.metadata.dst_node_id) != ("upload", 4):
+            return message
+        group = "another" if what == "group" else ""
+        return hive.wire.create_message(reordered(message.content, what), "train", 4, group)
+
+    hive = Hive(5, attempts=1)
+    hive.wire.deliver = other_for_one
+    with pytest.raises(TooFewPeersError, match="the sum is noise"):
+        hive.round(lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("how", ["boxes that do not open", "shares beyond the field"])
+def test_a_dealer_whose_shares_are_of_no_use_is_banned_and_the_retry_succeeds(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    from propolis.secure.secagg import client
+
+    seal, split, calls = client.seal, client.split, {"seal": 0, "split": 0}
+
+    def sealing(plaintext: bytes, public_key: bytes, info: bytes) -> bytes:
+        calls["seal"] += 1  # the second device seals four boxes
+        return seal(plaintext, public_key, b"?" if how.startswith("boxes") and 4 < calls["seal"] <= 8 else info)
+
+    def splitting(secret: bytes, threshold: int, xs: Sequence[int], random_bytes: Any) -> list[bytes]:
+        calls["split"] += 1
+        shares = split(secret, threshold, xs, random_bytes)
+        return [b"\xff" * 33] * len(shares) if how.startswith("shares") and calls["split"] == 3 else shares
+
+    monkeypatch.setattr(client, "seal", sealing)
+    monkeypatch.setattr(client, "split", splitting)
+    hive = Hive(5)
+    require_mean(hive.round(), [0, 2, 3, 4])
+    assert hive.wire.asked("upload") == [1, 2, 3, 4, 5, 1, 3, 4, 5]
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

@@ -102,13 +102,25 @@ def test_rounding_is_unbiased() -> None:
     assert mean.changes["w"].mean() == pytest.approx(third, rel=0.05)
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, MAX_WEIGHT * 1.001, inf, -inf, nan])
-def test_a_weight_that_is_not_positive_or_too_large_is_refused(weight: float) -> None:
+@pytest.mark.parametrize("weight", [0.0, -1.0, inf, -inf, nan])
+def test_a_weight_that_is_not_positive_and_finite_is_refused(weight: float) -> None:
     assert refused(Update(ONE, weight, {})) is Refusal.WEIGHT
 
 
 def test_the_largest_weight_is_allowed() -> None:
     assert mean_of([Update(ONE, MAX_WEIGHT, {})], encoding()).weight == MAX_WEIGHT
+
+
+def test_a_larger_weight_is_cut_and_counted_for_a_refusal_would_tell_it() -> None:
+    mean = mean_of([Update(ONE, MAX_WEIGHT * 1.001, {}), Update(ONE, MAX_WEIGHT * 1e9, {})], encoding())
+    assert mean.weight == 2 * MAX_WEIGHT
+    assert mean.saturated == 2
+
+
+def test_a_sum_of_next_to_no_weight_is_refused() -> None:
+    """It would be a division by what a lying device made of it."""
+    with pytest.raises(PeerError, match="weights add up to"):
+        mean_of([Update(ONE, MAX_WEIGHT * 2.0**-22, {})], encoding())
 
 
 @pytest.mark.parametrize("value", [nan, inf, -inf])
