@@ -396,8 +396,9 @@ def test_a_policys_limit_on_reveals_holds_across_rounds() -> None:
 def test_an_error_after_training_counts_like_a_sum_for_it_tells_something_too() -> None:
     """A server could have a crafted model fail, or not, by what the data are."""
     hive = Hive(5, unwell(lambda message: sys.exit(3)), policy=Policy(max_reveals_per_model=2))
-    said = [outcome_of(hive.round()).failures for _ in range(2)]
-    assert said == [("upload: training-failed",)] * 2
+    assert [outcome_of(hive.round()).failures for _ in range(2)] == [("upload: training-failed",)] * 2
+    counts = [store.change(lambda device: list(device.state.reveals.values())) for store in hive.stores]
+    assert counts == [[2]] * 5
     with pytest.raises(TooFewPeersError, match="upload: reveals"):
         hive.round()
 

@@ -13,7 +13,7 @@ from secure_app import MODEL, Hive, outcome_of, record
 from propolis.server.grid import SecureGrid
 from propolis.server.planner import Protection
 
-PROTECTION = Protection(max_weight=100.0)
+PROTECTION = Protection(max_weight=100.0, attempts=1)
 
 
 def grid_of(hive: Hive, journal: Path) -> SecureGrid:
