@@ -25,6 +25,7 @@ from propolis.simulations.bench.secagg_round import SecureSum, secure_sum
 # These fall silent after they have prepared: the server must undo the masks between each of them and all the others.
 _DROPPED = 0.2
 _REPEATS = 3
+_TABLE_WIDTH = 100  # narrower, it would break its cells
 _SAMPLE_S = 0.02
 _COMPARED = ("server_seconds", "client_seconds", "upload_bytes")
 
@@ -64,7 +65,7 @@ def jobs(dimension: int) -> tuple[Job, ...]:
 
 def run_benchmark(out: Path, as_json: bool, todo: Sequence[Job]) -> dict[str, Any]:
     """Measure, print a table (or the figures as JSON) and write the figures to `out`."""
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, width=max(_TABLE_WIDTH, Console().width))
     packages = ["flwr", "cryptography", "numpy", "propolis"]
     measured = [(_alone if job.memory else _side_by_side)(console, job) for job in todo]
     figures: dict[str, Any] = {"machine": machine(packages), "jobs": measured}

@@ -55,7 +55,7 @@ def test_the_table_has_every_row_with_its_ratios(
 ) -> None:
     figures = json.loads(ran.read_text())
     monkeypatch.setenv("COLUMNS", "80")
-    secagg._print(secagg.Console(), figures)
+    secagg._print(secagg.Console(width=secagg._TABLE_WIDTH), figures)
     printed = capsys.readouterr().out
     assert printed.count("n=6, d=64") == 3  # two rows and the memory
     assert printed.count("Propolis, k=5, t=4") == 2

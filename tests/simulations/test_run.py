@@ -71,10 +71,10 @@ class StopAfter(FederatedRun):
 
     rounds = 2
 
-    def _round(self, grid: Any, number: int) -> Any:
+    def _round(self, metered: Any, grid: Any, number: int) -> Any:
         if number > self.rounds:
             raise KeyboardInterrupt
-        return super()._round(grid, number)
+        return super()._round(metered, grid, number)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox"])
