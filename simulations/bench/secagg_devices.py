@@ -20,7 +20,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from propolis.messages import RECORD, model_digest, protocol_record, shared_input_of
+from propolis.messages import RECORD, model_digest, model_in, protocol_record, shared_input_of
 from propolis.secure.codec.update import Update, encode_update
 from propolis.secure.errors import PropolisError
 from propolis.secure.identity import Signed, forget_signatures, trusted_roster
@@ -113,11 +113,6 @@ class DevicesHere:
 def content_of(dimension: int) -> RecordDict:
     """What a strategy sends to all devices: a model."""
     return RecordDict({"arrays": ArrayRecord({NAME: Array(np.zeros(dimension, np.float32))})})
-
-
-def model_in(content: RecordDict) -> dict[str, NDArray[np.float32]]:
-    """The arrays of that model."""
-    return {name: array.numpy() for name, array in content.array_records["arrays"].items()}
 
 
 def _size_on_wire(exchange: Exchange, reply: bytes) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from propolis.messages import model_digest, shared_input_of
+from propolis.messages import model_digest, model_in, shared_input_of
 from propolis.secure.codec.update import Mean, decode_mean
 from propolis.secure.graph import Sharing
 from propolis.secure.identity import trusted_roster
@@ -27,7 +27,7 @@ from propolis.secure.secagg.plan import Encoding, Kind, Plan, Terms
 from propolis.secure.secagg.server import SecAggServer
 from propolis.secure.secagg.states import Exchange
 from propolis.server.directory import Directory
-from propolis.simulations.bench.secagg_devices import NAME, RANGE, Devices, content_of, model_in, update_of
+from propolis.simulations.bench.secagg_devices import NAME, RANGE, Devices, content_of, update_of
 
 _BITS = 16
 
