@@ -22,7 +22,7 @@ from propolis.secure.errors import UsageError
 from propolis.server.app import FederatedRun, Members
 from propolis.server.roster import load_roster
 from propolis.settings import Settings, load_settings
-from propolis.simulations.federation import SIMULATED, DevicesInFolder, federation_of_run, run_folder
+from propolis.simulations.federation import SIMULATED, federation_of_run, simulated_mod
 from propolis.simulations.partition import Partition
 from propolis.task import DataSet, Task, check_task, load_task
 
@@ -120,7 +120,7 @@ def _mod_of_run(message: Message, context: Context, call_next: ClientAppCallable
     if FOLDER_KEY in context.node_config:
         return secure_mod(message, context, call_next)
     if load_settings(overrides=_known(context)).is_protected:
-        return SecureMod(DevicesInFolder(run_folder(context.run_id)))(message, context, call_next)
+        return simulated_mod(message, context, call_next)
     return call_next(message, context)
 
 

@@ -15,6 +15,7 @@ from tempfile import gettempdir
 from flwr.app import Context
 
 from propolis.client.state import DeviceStore, FileStore, MemoryStore
+from propolis.client.update import SecureMod
 from propolis.secure import labels
 from propolis.secure.errors import UsageError
 from propolis.secure.identity import Root, Roster, Signed, SigningKey, TrustedRoster, trusted_roster
@@ -118,7 +119,7 @@ def device_folder(folder: Path, index: int) -> Path:
 
 
 @contextmanager
-def federation_of_run(run_id: int, devices: int, seed: int) -> Iterator[Federation]:
+def federation_of_run(run_id: int, devices: int, seed: int | None = None) -> Iterator[Federation]:
     """A federation for a run of Flower's simulation engine, whose devices find it by the run's id.
 
     It lies in the temporary folder while the run lasts, and nobody else can read it.
@@ -138,6 +139,14 @@ def federation_of_run(run_id: int, devices: int, seed: int) -> Iterator[Federati
 def run_folder(run_id: int) -> Path:
     """Where the federation of a simulated run lies."""
     return Path(gettempdir()) / f"propolis-{os.getuid()}" / f"run-{run_id}"
+
+
+def _store_of_run(context: Context) -> DeviceStore:
+    return DevicesInFolder(run_folder(context.run_id))(context)
+
+
+# `secure_mod` for devices that Flower's simulation engine makes up; their keys are those of `federation_of_run`.
+simulated_mod = SecureMod(_store_of_run)
 
 
 def _make_private(folder: Path) -> None:
