@@ -94,7 +94,12 @@ class SecureMod:
         return store.change(steps[exchange])
 
 
-secure_mod = SecureMod()
+_node_mod = SecureMod()
+
+
+def secure_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """`SecureMod` for the devices of Flower's SuperNodes, see `node_store`: ``ClientApp(mods=[secure_mod])``."""
+    return _node_mod(message, context, call_next)
 
 
 def _upload(

@@ -20,7 +20,11 @@ def tracked_sources() -> set[str]:
     """What the wheel must hold: every source of the rooms and of src/propolis, by its installed path."""
     expected = {f"propolis/{p.name}" for p in (ROOT / "src/propolis").glob("*.py")} | {"propolis/py.typed"}
     for room in ROOMS:
-        expected |= {f"propolis/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / room).rglob("*.py")}
+        expected |= {
+            f"propolis/{p.relative_to(ROOT).as_posix()}"
+            for p in (ROOT / room).rglob("*")
+            if p.suffix in (".py", ".pyi")
+        }
     return expected
 
 
