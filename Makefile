@@ -11,7 +11,7 @@ help: ## Say what the targets do.
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 demo: $(VENV)/.demo ## Train one model on real handwritten digits over ten devices, under secure aggregation.
-	$(BIN)/propolis simulate --task digits --protection secagg --out runs/demo --force
+	$(BIN)/propolis simulate --task digits --protection secagg --codec dense --out runs/demo --force
 
 test: $(VENV)/.dev ## Run the test suite.
 	$(BIN)/python -m pytest

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
+from propolis.secure.codec.series import Version
 from propolis.secure.errors import StorageError, UsageError
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.device_state import DeviceState
@@ -19,7 +22,7 @@ from propolis.storage import write_atomically
 
 T = TypeVar("T")
 
-STATE_FILE, LOCK_FILE = "device.state", "device.lock"
+STATE_FILE, LOCK_FILE, MODEL_FILE = "device.state", "device.lock", "model.version"
 _LOCK_DEADLINE_S, _LOCK_POLL_S = 30.0, 0.01
 
 # Keys of a Flower node's configuration, which is set on the device and which the server cannot change.
@@ -33,6 +36,9 @@ _POLICY_KEYS: dict[str, str] = {
     "propolis-weight-key": "weight_key",
     "propolis-max-norm": "max_norm",
     "propolis-max-reveals": "max_reveals_per_model",
+    "propolis-min-bits": "min_bits",
+    "propolis-min-density": "min_density",
+    "propolis-max-step": "max_step",
     "propolis-require-malicious": "require_malicious",
 }
 
@@ -51,13 +57,42 @@ class DeviceStore(Protocol):
             StorageError: the state could not be read or kept.
         """
 
+    def recall_model(self) -> Version | None:
+        """The last version of the global model that the device was given, which is no secret; None without one."""
+
+    def keep_model(self, version: Version) -> None:
+        """Keep a version in place of the last one; raises StorageError."""
+
+
+class SharedVersion:
+    """The newest version of a model, once for many devices."""
+
+    def __init__(self) -> None:
+        self._last: Version | None = None
+
+    def one_of(self, version: Version) -> Version:
+        """The version, as the same object for all that ask with an equal one in a row."""
+        last = self._last
+        is_same = last is not None and (last.series, last.number) == (version.series, version.number)
+        if last is None or not (is_same and np.array_equal(last.values, version.values)):
+            self._last = last = version
+        return last
+
 
 class MemoryStore:
-    """State in this process, for simulated devices."""
+    """State in this process, for simulated devices.
 
-    def __init__(self, state: DeviceState, policy: Policy) -> None:
+    Args:
+        state: the device's.
+        policy: what the device insists on.
+        shared: of the devices of this process; those that have the same version of the model share its memory.
+    """
+
+    def __init__(self, state: DeviceState, policy: Policy, shared: SharedVersion | None = None) -> None:
         self._state = state
         self._lock = threading.Lock()
+        self._model: Version | None = None
+        self._shared = shared or SharedVersion()
         self.policy = policy
 
     def change(self, step: Callable[[Device], T]) -> T:
@@ -67,6 +102,14 @@ class MemoryStore:
             result = step(device)
             self._state = device.state
             return result
+
+    def recall_model(self) -> Version | None:
+        """See `DeviceStore.recall_model`."""
+        return self._model
+
+    def keep_model(self, version: Version) -> None:
+        """See `DeviceStore.keep_model`."""
+        self._model = self._shared.one_of(version)
 
 
 class FileStore:
@@ -104,6 +147,17 @@ class FileStore:
             if after != before:
                 write_atomically(path, after, mode=0o600)
             return result
+
+    def recall_model(self) -> Version | None:
+        """See `DeviceStore.recall_model`."""
+        try:
+            return Version.from_bytes((self._folder / MODEL_FILE).read_bytes())
+        except OSError:
+            return None
+
+    def keep_model(self, version: Version) -> None:
+        """See `DeviceStore.keep_model`."""
+        write_atomically(self._folder / MODEL_FILE, version.to_bytes(), mode=0o600)
 
 
 def policy_of(node_config: Mapping[str, Any]) -> Policy:

@@ -21,14 +21,19 @@ from propolis.client.state import FOLDER_KEY, DeviceStore, FileStore, policy_of
 from propolis.messages import (
     RECORD,
     Arrays,
+    broadcast_in,
+    fill_model,
     model_digest,
     model_in,
     open_record,
     protocol_record,
     refusal_code,
     shared_input_of,
+    values_elsewhere,
     without_record,
 )
+from propolis.secure.codec.pipeline import Pipeline
+from propolis.secure.codec.series import Broadcast, rebuild
 from propolis.secure.codec.update import Update, encode_update
 from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError
 from propolis.secure.secagg.device import Device, Upload
@@ -106,27 +111,31 @@ def _upload(
     store: DeviceStore, request: bytes, message: Message, context: Context, call_next: ClientAppCallable
 ) -> bytes:
     """Train in the app, and mask what it gives; the store is free while the app trains."""
-    content = without_record(message.content)
+    content = _with_rebuilt_model(store, message.content)
     old = model_in(content)
     model = model_digest(old)
     shared_input = shared_input_of(content, model, message.metadata.group_id)
 
-    def begin(device: Device) -> tuple[bytes | None, Terms, bytes]:
+    def begin(device: Device) -> tuple[bytes | None, Terms, int, bytes]:
         terms = device.terms
         if message.metadata.message_type != terms.kind.name.lower():
             kinds = f"{message.metadata.message_type} in a round to {terms.kind.name.lower()}"
             raise PeerError(Refusal.MODEL, f"a message to {kinds}")
         _require_names(old, terms, exactly=False)
         device.require_reveals_left(model)
-        return device.begin_upload(request, shared_input), terms, device.rounding_seed()
+        place = terms.place(device.state.index)
+        return device.begin_upload(request, shared_input), terms, place, device.rounding_seed()
 
-    stored, terms, seed = store.change(begin)
+    stored, terms, place, seed = store.change(begin)
     if stored is not None:
         return stored
+    message.content = content
     try:
         update = _within(_update_of(_trained(message, context, call_next), old, terms), store.policy)
         rng = np.random.default_rng(int.from_bytes(seed, "big"))
-        vector, lanes, metrics = encode_update(update, terms.plan.encoding, len(terms.cohort), rng)
+        shapes = {name: array.shape for name, array in old.items()}
+        pipeline = Pipeline(terms.plan.encoding, len(terms.cohort), shapes, old)
+        vector, lanes, metrics = encode_update(update, pipeline, place, rng)
     except RefusedError:
         store.change(lambda device: device.count_reveal(model))
         raise
@@ -134,9 +143,19 @@ def _upload(
     return store.change(lambda device: device.upload(request, upload))
 
 
+def _with_rebuilt_model(store: DeviceStore, content: RecordDict) -> RecordDict:
+    """What the application put into a message, with the model from what this device has and what came."""
+    way = broadcast_in(content)
+    content = without_record(content)
+    if not way:
+        return content
+    version = rebuild(Broadcast.from_bytes(way), store.recall_model(), values_elsewhere(content))
+    store.keep_model(version)
+    return fill_model(content, version.values)
+
+
 def _trained(message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:
-    """The app's answer to the message without the protocol's record."""
-    message.content = without_record(message.content)
+    """The app's answer."""
     try:
         reply = call_next(message, context)
     except (Exception, SystemExit) as error:  # the user's own code

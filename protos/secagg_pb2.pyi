@@ -68,20 +68,34 @@ class Plan(_message.Message):
     def __init__(self, version: _Optional[int] = ..., suite: _Optional[int] = ..., run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[int] = ..., roster_number: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., cohort: _Optional[bytes] = ..., malicious: bool = ..., corrupted_ppm: _Optional[int] = ..., dropped_ppm: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ...) -> None: ...
 
 class Encoding(_message.Message):
-    __slots__ = ("width", "range", "max_weight", "weight_key", "quantized", "exact")
+    __slots__ = ("width", "step", "levels", "clip", "rotated", "density", "keep", "pruned", "seed", "max_weight", "weight_key", "quantized", "exact")
     WIDTH_FIELD_NUMBER: _ClassVar[int]
-    RANGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
+    ROTATED_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    PRUNED_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     MAX_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_KEY_FIELD_NUMBER: _ClassVar[int]
     QUANTIZED_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
     width: int
-    range: float
+    step: float
+    levels: int
+    clip: float
+    rotated: bool
+    density: float
+    keep: int
+    pruned: bool
+    seed: bytes
     max_weight: float
     weight_key: str
     quantized: _containers.RepeatedScalarFieldContainer[str]
     exact: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, width: _Optional[int] = ..., range: _Optional[float] = ..., max_weight: _Optional[float] = ..., weight_key: _Optional[str] = ..., quantized: _Optional[_Iterable[str]] = ..., exact: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, width: _Optional[int] = ..., step: _Optional[float] = ..., levels: _Optional[int] = ..., clip: _Optional[float] = ..., rotated: bool = ..., density: _Optional[float] = ..., keep: _Optional[int] = ..., pruned: bool = ..., seed: _Optional[bytes] = ..., max_weight: _Optional[float] = ..., weight_key: _Optional[str] = ..., quantized: _Optional[_Iterable[str]] = ..., exact: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
     __slots__ = ("plan", "prekey_number", "neighbours")

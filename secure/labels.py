@@ -29,6 +29,8 @@ MODEL = b"propolis/1 model"
 INPUT = b"propolis/1 shared input"
 REQUEST = b"propolis/1 request"
 ROUNDING = b"propolis/1 rounding"
+CODEC = b"propolis/1 codec"
+BROADCAST = b"propolis/1 broadcast model"
 
 
 def digest(label: bytes, *parts: bytes | memoryview) -> bytes:

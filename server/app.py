@@ -7,14 +7,15 @@ import json
 import math
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
+from propolis.secure.codec.profiles import PROFILES, Profile
 from propolis.secure.errors import CancelledError, TooFewPeersError, UsageError
 from propolis.secure.identity import TrustedRoster
 from propolis.server.checkpoint import RoundRecord, RunState, save_checkpoint
@@ -77,14 +78,28 @@ def protection_of(settings: Settings, max_weight: float) -> Protection:
     """How the settings ask for a run's sums to be protected; the run itself tries again, with other devices."""
     return Protection(
         max_weight=settings.max_weight or max_weight,
-        bits=settings.bits,
+        codec=profile_of(settings),
         range=settings.update_range,
         min_clients=settings.min_clients,
         malicious=settings.malicious,
         corrupted=settings.assume_corrupted,
         dropped=settings.assume_dropped,
         attempts=1,
+        seed=settings.seed,
     )
+
+
+def profile_of(settings: Settings) -> Profile:
+    """The codec that the settings name, with what they change of it."""
+    changes: dict[str, Any] = {
+        "width": settings.bits,
+        "density": settings.density,
+        "keep": settings.keep,
+        "clip": settings.update_clip,
+        "wraps": settings.wraps,
+        "broadcast": settings.broadcast_step,
+    }
+    return replace(PROFILES[settings.codec], **{name: value for name, value in changes.items() if value is not None})
 
 
 class FederatedRun:
@@ -166,7 +181,7 @@ class FederatedRun:
             cancelled=self._cancelled,
         )
         if self.state.history:
-            secure.resume_from(self.state.history[-1].metrics)
+            secure.resume_from(self.state.history[-1].metrics, self.state.grid)
         return secure
 
     def _round(self, metered: MeteredGrid, grid: Grid, number: int) -> RunState:
@@ -192,7 +207,12 @@ class FederatedRun:
             retries=list(self.retries),
         )
         history = (*self.state.history, record)
-        return RunState(trained.model, history, strategy_state(self._strategy))
+        return RunState(
+            trained.model,
+            history,
+            strategy_state(self._strategy),
+            grid.state() if isinstance(grid, SecureGrid) else {},
+        )
 
     def _train(self, grid: Grid, number: int) -> tuple[Trained, int, Round]:
         """Train a round, trying again with another sample when too few devices survive."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, cast
 
-import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from propolis.messages import RECORD, model_digest, model_in, shared_input_of
+from propolis.messages import PRUNED_KEY, RECORD, Arrays, model_digest, model_in, shared_input_of, with_model
 from propolis.secure.errors import PeerError, UsageError
 from propolis.secure.secagg.plan import Kind
 
@@ -25,8 +24,9 @@ class Batch:
         kind: what the round is for.
         shared_input: digest of the content.
         model_key: name of the record with the model.
-        model: its arrays.
+        model: its arrays, as the devices get them.
         model_digest: of them.
+        precise: the same arrays as the strategy has them.
     """
 
     messages: list[Message]
@@ -34,8 +34,9 @@ class Batch:
     kind: Kind
     shared_input: bytes
     model_key: str
-    model: dict[str, np.ndarray]
+    model: Arrays
     model_digest: bytes
+    precise: Arrays
 
     @classmethod
     def of(cls, messages: list[Message], timeout: float) -> Self:
@@ -56,9 +57,15 @@ class Batch:
         (key,) = content.array_records
         (kind,) = (_KINDS[each] for each in types)
         digest = model_digest(model)
-        return cls(
-            messages, timeout, kind, shared_input_of(content, digest, messages[0].metadata.group_id), key, model, digest
-        )
+        shared_input = shared_input_of(content, digest, messages[0].metadata.group_id)
+        return cls(messages, timeout, kind, shared_input, key, model, digest, model)
+
+    def with_model(self, model: Arrays) -> Self:
+        """The same messages over another model of the same names, which is what the devices will rebuild."""
+        content = with_model(self.content, model)
+        digest = model_digest(model)
+        shared_input = shared_input_of(content, digest, self.messages[0].metadata.group_id)
+        return replace(self, model=model, model_digest=digest, shared_input=shared_input)
 
     @property
     def message_type(self) -> str:
@@ -79,6 +86,11 @@ class Batch:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the model's arrays."""
         return {name: array.shape for name, array in self.model.items()}
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the zeros of the model's matrices are to stay zero."""
+        return any(record.get(PRUNED_KEY) is True for record in self.content.config_records.values())
 
     @property
     def server_round(self) -> int | None:

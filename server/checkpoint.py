@@ -61,11 +61,13 @@ class RunState:
         model: the global model after the last completed round.
         history: one record per completed round.
         strategy: the strategy's arrays, see `propolis.server.strategy.strategy_state`.
+        grid: those of a protected run's grid, see `propolis.server.grid.SecureGrid.state`.
     """
 
     model: GlobalModel
     history: tuple[RoundRecord, ...]
     strategy: Mapping[str, np.ndarray]
+    grid: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def completed(self) -> int:
@@ -86,6 +88,7 @@ def save_checkpoint(path: Path, state: RunState, run: str) -> None:
     """
     tensors = {f"model/{name}": array for name, array in state.model.arrays.items()}
     tensors.update({f"strategy/{name}": array for name, array in state.strategy.items()})
+    tensors.update({f"grid/{name}": array for name, array in state.grid.items()})
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
     header = {
         "format": _FORMAT,
@@ -117,6 +120,7 @@ def load_checkpoint(path: Path, template: GlobalModel, run: str) -> RunState:
         GlobalModel(ordered, template.trainable, template.frozen),
         history,
         {name.removeprefix("strategy/"): a for name, a in tensors.items() if name.startswith("strategy/")},
+        {name.removeprefix("grid/"): a for name, a in tensors.items() if name.startswith("grid/")},
     )
 
 

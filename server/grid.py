@@ -6,21 +6,26 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 
 from propolis.messages import RECORD
-from propolis.secure.codec.update import Mean, decode_mean, following_range
+from propolis.secure.codec.pipeline import Pipeline
+from propolis.secure.codec.scale import Scale
+from propolis.secure.codec.update import Mean, count_lanes, decode_mean
 from propolis.secure.errors import PeerError, TooFewPeersError, UsageError
 from propolis.secure.identity import TrustedRoster
 from propolis.secure.secagg.plan import Kind, Terms
 from propolis.secure.secagg.server import SecAggServer
 from propolis.server.batch import Batch, Outcome
-from propolis.server.channel import Channel
+from propolis.server.broadcaster import Broadcaster, WholeModel
+from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
 from propolis.server.exchange import GridWrapper
 from propolis.server.journal import Journal
@@ -82,7 +87,8 @@ class SecureGrid(GridWrapper):
     ) -> None:
         super().__init__(grid, cancelled)
         _require_averaging(strategy)
-        self.range = protection.range
+        self.scale = Scale(protection.range)
+        self._broadcaster = Broadcaster(protection.codec.broadcast) if protection.codec.broadcast else None
         self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         self._roster, self._protection = roster, protection
         self._directory = Directory(roster)
@@ -91,9 +97,15 @@ class SecureGrid(GridWrapper):
         self._metric_names: dict[Kind, tuple[str, ...]] = {}  # what most devices sent last
         self._published: dict[tuple[Kind, bytes], list[frozenset[int]]] = {}
 
-    def resume_from(self, metrics: Mapping[str, float]) -> None:
-        """Go on with the range that follows a round whose metrics these are."""
-        self.range = following_range(metrics["update-range"], metrics["largest-change"])
+    def resume_from(self, metrics: Mapping[str, float], state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on after a round with these metrics, after which `state` was this."""
+        self.scale = Scale.of_metrics(metrics)
+        if self._broadcaster is not None:
+            self._broadcaster.resume_from(state)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What a run needs, besides the last round's metrics, to go on as if it had never stopped."""
+        return self._broadcaster.state() if self._broadcaster is not None else {}
 
     def push_messages(self, messages: Iterable[Message]) -> NoReturn:
         """Refused: a message on its own is not protected."""
@@ -121,6 +133,8 @@ class SecureGrid(GridWrapper):
         if not outgoing:
             return []
         batch = Batch.of(outgoing, float("inf") if timeout is None else timeout)
+        if self._broadcaster is not None:
+            batch = self._broadcaster.publish(batch, self._planner.quantized(batch.model))
         for attempt in range(1, self._protection.attempts + 1):
             try:
                 return [self._round(batch)]
@@ -144,7 +158,7 @@ class SecureGrid(GridWrapper):
         round_ = SecureRound(channel, self._directory, server, nodes, self._protection.min_clients)
         round_.prepare(handshake)
         try:
-            round_.upload(batch.content, batch.timeout)
+            round_.upload(self._broadcaster or WholeModel(Content(batch.content)), batch.timeout)
         finally:
             if server.offered_metrics:
                 self._metric_names[batch.kind] = Counter(server.offered_metrics).most_common(1)[0][0]
@@ -163,10 +177,10 @@ class SecureGrid(GridWrapper):
 
     def _mean(self, server: SecAggServer, batch: Batch, channel: Channel) -> Mean:
         """What the devices' sum says; a device that is known to have made it impossible takes part no more."""
-        encoding, cohort, alive = server.terms.plan.encoding, len(server.terms.cohort), len(server.alive)
+        pipeline = _pipeline(server.terms, batch)
         try:
             vector, lanes = server.sum(batch.shared_input)
-            return decode_mean(vector, lanes, server.metrics, encoding, batch.shapes, cohort, alive)
+            return decode_mean(vector, lanes, server.metrics, pipeline, len(server.alive))
         except PeerError as error:
             if error.culprit is not None:
                 self._directory.ban(error.culprit)
@@ -180,15 +194,17 @@ class SecureGrid(GridWrapper):
             raise TooFewPeersError(
                 f"{len(nodes)} of {len(batch.messages)} devices said hello, {self._protection.min_clients} are needed"
             )
-        self._protection.require_feasible(len(nodes), self.range)
-        plan = self._planner.plan(batch, nodes, self.range)
+        parameters = sum(prod(shape) for shape in batch.shapes.values())
+        self._protection.require_feasible(len(nodes), parameters)
+        plan = self._planner.plan(batch, nodes, self.scale)
+        terms = Terms(plan.to_bytes())
         keys = {index: self._directory.spend(node_id) for index, node_id in nodes.items()}
         return SecAggServer(
-            Terms(plan.to_bytes()),
+            terms,
             self._roster,
             keys,
-            plan.encoding.dimension(batch.shapes),
-            plan.encoding.fixed_lanes(batch.shapes),
+            _pipeline(terms, batch).size,
+            count_lanes(plan.encoding, batch.shapes),
             metrics=self._metric_names.get(batch.kind),
         )
 
@@ -212,18 +228,27 @@ class SecureGrid(GridWrapper):
         if batch.kind is Kind.TRAIN:
             arrays = {
                 name: Array(like(old, old + mean.changes[name], name))
-                for name, old in batch.model.items()
+                for name, old in batch.precise.items()
                 if name in mean.changes
             }
             content[batch.model_key] = ArrayRecord(arrays)
-            range_ = server.terms.plan.encoding.range
-            metrics |= {"saturated": mean.saturated, "update-range": range_, "largest-change": mean.largest}
-            self.range = following_range(range_, mean.largest)
+            encoding = server.terms.plan.encoding
+            metrics |= {"saturated": mean.saturated, "clipped": mean.clipped, "wraps": mean.wraps}
+            metrics |= {"bits": encoding.width, "update-range": encoding.grid.range, "largest-change": mean.largest}
+            self.scale = self.scale.following(mean, encoding)
+            metrics |= self.scale.metrics()
+        if mean.wraps:
+            _log.warning("secure round: %d values of the sum did not fit the ring", mean.wraps)
         if mean.saturated:
             _log.warning("secure round: %d values were out of range and cut off", mean.saturated)
         content["metrics"] = MetricRecord(metrics)
         content[RECORD] = Outcome(len(server.alive), len(batch.messages), tuple(channel.failures.values())).record()
         return Message(content, reply_to=batch.messages[0])
+
+
+def _pipeline(terms: Terms, batch: Batch) -> Pipeline:
+    """The codec of a round, as its devices have it."""
+    return Pipeline(terms.plan.encoding, len(terms.cohort), batch.shapes, batch.model)
 
 
 def _require_averaging(strategy: Strategy) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
-from propolis.secure.codec.fixed_point import FixedPoint
-from propolis.secure.codec.update import Encoding
+from numpy.typing import NDArray
+
+from propolis.secure import labels
+from propolis.secure.codec.encoding import SEED_BYTES, Encoding
+from propolis.secure.codec.profiles import PROFILES, Profile
+from propolis.secure.codec.scale import Scale, scaled
 from propolis.secure.errors import UsageError
 from propolis.secure.graph import sharing
 from propolis.secure.identity import TrustedRoster
@@ -23,7 +28,7 @@ class Protection:
 
     Attributes:
         max_weight: largest weight of a device, public; a larger one is cut to it.
-        bits: width of the ring, which is what a parameter costs on the wire.
+        codec: how updates and models are encoded.
         range: largest weighted change that the first round can carry; later rounds follow the devices' mean.
         min_clients: fewest devices that a sum is over; devices have a floor of their own.
         min_difference: fewest devices that two sums over one model may differ by, if they do at all.
@@ -31,10 +36,12 @@ class Protection:
         corrupted: assumed share of the devices that collude with the server.
         dropped: assumed share of the devices that drop out of a round.
         attempts: times that a batch is tried.
+        seed: what the codec's public randomness derives from, so that a simulation can be repeated. None: new
+            randomness every round.
     """
 
     max_weight: float
-    bits: int = 16
+    codec: Profile = PROFILES["float32"]
     range: float = 1.0
     min_clients: int = 3
     min_difference: int = 3
@@ -42,23 +49,28 @@ class Protection:
     corrupted: float = 0.1
     dropped: float = 0.25
     attempts: int = 3
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (0 < self.max_weight < inf and 2 <= self.bits <= 32 and 1e-12 <= self.range <= 1e12):
-            raise UsageError("a Protection needs max_weight > 0, bits in 2..32 and a range in 1e-12..1e12")
+        if not (0 < self.max_weight < inf and 1e-12 <= self.range <= 1e12):
+            raise UsageError("a Protection needs max_weight > 0 and a range in 1e-12..1e12")
         if self.attempts < 1 or self.min_clients < 1 or self.min_difference < 1:
             raise UsageError("a Protection needs attempts, min_clients and min_difference of at least 1")
         if not (0 <= self.corrupted < 1 and 0 <= self.dropped < 1):
             raise UsageError("a Protection needs corrupted and dropped in [0, 1)")
 
-    def require_feasible(self, devices: int, range_: float) -> None:
+    def require_feasible(self, devices: int, parameters: int) -> None:
         """What devices would refuse is our own mistake: find it out before they are asked.
+
+        Args:
+            devices: in a round.
+            parameters: of the model.
 
         Raises:
             UsageError: so many devices cannot be protected so, or have no room in the ring.
         """
         sharing(devices, self.corrupted, self.dropped, self.malicious)
-        FixedPoint(self.bits, devices, range_)
+        self.codec.require_room(devices, parameters)
 
 
 class Planner:
@@ -84,19 +96,25 @@ class Planner:
         self._exact, self._frozen = frozenset(exact), frozenset(frozen)
         self._run_id = os.urandom(16)
         self._number, self._attempt = 0, 0
+        self._seed = self._new_seed(0)
 
-    def plan(self, batch: Batch, cohort: Iterable[int], range_: float) -> Plan:
+    def plan(self, batch: Batch, cohort: Collection[int], scale: Scale) -> Plan:
         """The plan of the next attempt.
 
         Args:
             batch: what is to be done.
             cohort: indices of the devices that are there.
-            range_: of the encoding.
+            scale: of the updates, as far as it is known.
+
+        Raises:
+            UsageError: the codec's ring is too small for so many devices.
         """
-        self._number, self._attempt = self._next_name(batch.server_round)
+        before, (self._number, self._attempt) = self._number, self._next_name(batch.server_round)
+        if self._number != before:
+            self._seed = self._new_seed(self._number)
         protection = self._protection
         return Plan(
-            encoding=self._encoding(batch, range_),
+            encoding=scaled(self._encoding(batch), protection.codec, scale, len(cohort), batch.shapes),
             malicious=protection.malicious,
             run_id=self._run_id,
             round=self._number,
@@ -114,14 +132,32 @@ class Planner:
         number = self._number + 1 if server_round is None else max(server_round, self._number)
         return number, self._attempt + 1 if number == self._number else 0
 
-    def _encoding(self, batch: Batch, range_: float) -> Encoding:
-        names = () if batch.kind is Kind.EVALUATE else sorted(batch.model.keys() - self._frozen)
-        exact = {name for name in names if name in self._exact or batch.model[name].dtype.kind != "f"}
+    def quantized(self, model: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
+        """Names of the arrays that devices train and for which a coarse grid will do, sorted."""
+        names = model.keys() - self._frozen - self._exact
+        return tuple(name for name in sorted(names) if model[name].dtype.kind == "f")
+
+    def _new_seed(self, number: int) -> bytes:
+        if self._protection.seed is None:
+            return os.urandom(SEED_BYTES)
+        return labels.digest(labels.CODEC, self._protection.seed.to_bytes(8, "big"), number.to_bytes(8, "big"))
+
+    def _encoding(self, batch: Batch) -> Encoding:
+        """What goes how; the grid is still to be chosen."""
+        codec, trains = self._protection.codec, batch.kind is Kind.TRAIN
+        quantized = self.quantized(batch.model) if trains else ()
+        exact = sorted(batch.model.keys() - self._frozen - set(quantized)) if trains else []
         return Encoding(
-            width=self._protection.bits,
-            range=range_,
+            width=codec.width,
+            step=1.0,
+            levels=1,
+            rotated=codec.rotated,
+            density=codec.density,
+            keep=codec.keep,
+            pruned=batch.is_pruned,
+            seed=self._seed,
             max_weight=self._protection.max_weight,
             weight_key=self._weight_key,
-            quantized=tuple(name for name in names if name not in exact),
-            exact=tuple(name for name in names if name in exact),
+            quantized=quantized,
+            exact=tuple(exact),
         )

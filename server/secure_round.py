@@ -9,13 +9,14 @@ unmask   the shares that take the sum's masks away
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Protocol
 
-from flwr.app import RecordDict
-
-from propolis.secure.errors import RefusedError, TooFewPeersError
+from propolis.secure.errors import Refusal, RefusedError, TooFewPeersError
 from propolis.secure.identity import Signed
 from propolis.secure.secagg.messages import (
     ConfirmReply,
@@ -29,8 +30,23 @@ from propolis.secure.secagg.messages import (
 )
 from propolis.secure.secagg.server import SecAggServer
 from propolis.secure.secagg.states import Exchange
-from propolis.server.channel import Channel
+from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
+
+_log = logging.getLogger("flwr")
+
+
+class ModelSource(Protocol):
+    """What devices are told to train on, and what they have of it."""
+
+    def content_for(self, index: int) -> Content:
+        """What is sent to a device."""
+
+    def acknowledge(self, index: int) -> None:
+        """A device has what it was sent."""
+
+    def forget(self, index: int) -> None:
+        """A device has nothing that could be built on."""
 
 
 def say_hello(channel: Channel, directory: Directory, roster: Signed, node_ids: Iterable[int], timeout: float) -> None:
@@ -74,18 +90,38 @@ class SecureRound:
         )
         self._require(len(server.ready), "prepared")
 
-    def upload(self, content: RecordDict, timeout: float) -> None:
-        """Have the devices train on `content`, and fold what they send."""
+    def upload(self, source: ModelSource, timeout: float) -> None:
+        """Have the devices train on what `source` has for them, and fold what they send.
+
+        A device that cannot rebuild the model from what it has is sent the whole one, in the same exchange.
+        """
+        deadline = time.monotonic() + timeout
+        self._upload(self._server.ready, source, timeout)
+        stranded = [i for i in self._server.ready if self._channel.refusals.get(self._nodes[i]) is Refusal.BASE]
+        if stranded:
+            _log.warning("secure round: %d devices could not rebuild the model: they are sent the whole", len(stranded))
+            for index in stranded:
+                source.forget(index)
+                self._channel.failures.pop(self._nodes[index], None)
+            self._upload(stranded, source, max(0.0, deadline - time.monotonic()))
+        self._require(len(self._server.alive), "sent a masked update")
+        self._server.close_uploads()
+
+    def _upload(self, indices: Iterable[int], source: ModelSource, timeout: float) -> None:
+        server = self._server
 
         def take(index: int, body: bytes) -> None:
-            self._server.receive_upload(index, from_bytes(UploadReply, body, self._server.largest_upload))
+            source.acknowledge(index)  # it has answered, so it has rebuilt the model
+            server.receive_upload(index, from_bytes(UploadReply, body, server.largest_upload))
 
-        server = self._server
         self._exchange(
-            Exchange.UPLOAD, server.ready, lambda i: to_bytes(server.upload_request(i)), take, timeout, content
+            Exchange.UPLOAD,
+            indices,
+            lambda i: to_bytes(server.upload_request(i)),
+            take,
+            timeout,
+            lambda node_id: source.content_for(self._index[node_id]),
         )
-        self._require(len(server.alive), "sent a masked update")
-        server.close_uploads()
 
     def confirm(self, timeout: float) -> None:
         """Gather signatures on who is alive."""
@@ -113,10 +149,10 @@ class SecureRound:
         request_of: Callable[[int], bytes],
         take: Callable[[int, bytes], None],
         timeout: float,
-        content: RecordDict | None = None,
+        content_of: Callable[[int], Content] | None = None,
     ) -> None:
         bodies = {self._nodes[index]: request_of(index) for index in indices}
-        for node_id, body in self._channel.ask(asked, bodies, timeout, content):
+        for node_id, body in self._channel.ask(asked, bodies, timeout, content_of):
             _accept(self._channel, asked, node_id, partial(take, self._index[node_id], body))
 
     def _require(self, count: int, did: str) -> None:

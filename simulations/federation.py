@@ -14,7 +14,7 @@ from tempfile import gettempdir
 
 from flwr.app import Context
 
-from propolis.client.state import DeviceStore, FileStore, MemoryStore
+from propolis.client.state import DeviceStore, FileStore, MemoryStore, SharedVersion
 from propolis.client.update import SecureMod
 from propolis.secure import labels
 from propolis.secure.errors import UsageError
@@ -78,12 +78,13 @@ class DevicesInMemory:
     def __init__(self, devices: tuple[DeviceState, ...]) -> None:
         self._devices = devices
         self._stores: dict[int, MemoryStore] = {}
+        self._shared = SharedVersion()
 
     def __call__(self, context: Context) -> DeviceStore:
         """The store of the device with the context's ``partition-id``."""
         index = _index_of(context)
         if index not in self._stores:
-            self._stores[index] = MemoryStore(self._devices[index], SIMULATED)
+            self._stores[index] = MemoryStore(self._devices[index], SIMULATED, self._shared)
         return self._stores[index]
 
     def __reduce__(self) -> tuple[type, tuple[tuple[DeviceState, ...]]]:

@@ -94,7 +94,8 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
     federation = make_federation(settings.clients, settings.seed) if settings.is_protected else None
     if settings.is_protected:
         sampled = max(int(settings.clients * settings.fraction), settings.min_clients)
-        protection_of(settings, largest).require_feasible(sampled, settings.update_range)
+        parameters = sum(array.size for array in initial_model(settings, task).arrays.values())
+        protection_of(settings, largest).require_feasible(sampled, parameters)
     members = Members(federation.verified_roster, largest) if federation else None
     start = _starting_state(settings, options, task)
     _prepare_folder(settings, options)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from propolis.secure.codec.quantize import wrap_free
 from propolis.secure.errors import RefusedError
 from propolis.secure.identity import TrustedRoster, trusted_roster
 from propolis.secure.prg import Mask
@@ -51,6 +52,21 @@ def pairwise_mask(own: int, own_private: bytes, other: int, other_key: bytes, pl
     return mask
 
 
+def plain_encoding(
+    quantized: tuple[str, ...],
+    exact: tuple[str, ...] = (),
+    *,
+    width: int = 16,
+    devices: int = 3,
+    range_: float = 1.0,
+    max_weight: float = 1.0,
+    weight_key: str = "num-examples",
+) -> Encoding:
+    """All the values on the finest grid on which no sum of so many devices can leave the ring."""
+    grid = wrap_free(width, devices, range_)
+    return Encoding(width, grid.step, grid.levels, max_weight, weight_key, quantized, exact)
+
+
 class Cohort:
     """A federation whose devices live in memory, between rounds."""
 
@@ -75,7 +91,7 @@ class Cohort:
 
     def plan(self, number: int = 1, attempt: int = 0, **changes: Any) -> Plan:
         cohort = changes.pop("cohort", range(len(self.federation.devices)))
-        encoding = Encoding(changes.pop("width", 16), 1.0, 1.0, "num-examples", ("a",), ())
+        encoding = plain_encoding(("a",), width=changes.pop("width", 16), devices=len(list(cohort)))
         values: dict[str, Any] = {
             "encoding": encoding,
             "malicious": False,
@@ -134,7 +150,7 @@ class Round:
         device, shared_input = self.cohort.device(index), self.shared_inputs.get(index, SHARED_INPUT)
         if (stored := device.begin_upload(request, shared_input)) is not None:
             return stored
-        ring = self.terms.codec.ring
+        ring = self.terms.grid.ring
         if index not in self.inputs:
             drawn = self.rng.integers(0, 2 ** min(ring.width, 62), self.dimension, dtype=np.uint64)
             self.inputs[index] = drawn.astype(ring.dtype)
@@ -162,7 +178,7 @@ class Round:
 
     def expected(self) -> Vector:
         """The plain sum of the inputs of the devices that are alive."""
-        ring = self.terms.codec.ring
+        ring = self.terms.grid.ring
         return ring.reduce(plain_sum([self.inputs[index] for index in self.server.alive], ring.zeros(self.dimension)))
 
     def through(

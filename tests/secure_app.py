@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from propolis.client.state import DeviceStore, MemoryStore
 from propolis.client.update import SecureMod
 from propolis.messages import RECORD, open_record, protocol_record
+from propolis.secure.codec.profiles import PROFILES
+from propolis.secure.codec.quantize import wrap_free
 from propolis.secure.secagg.policy import Policy
 from propolis.server.batch import Outcome
 from propolis.server.exchange import GridWrapper
@@ -186,7 +189,10 @@ class Hive:
         self.federation = federation or make_federation(devices, seed=0)
         self.stores: list[DeviceStore] = [MemoryStore(state, policy) for state in self.federation.devices]
         self.wire = Wire(LocalGrid(partial(app_of, work, self._store), devices))
-        self.protection = Protection(**{"max_weight": float(devices), **protection})
+        codec = protection.pop("codec", PROFILES["float32"])
+        if "bits" in protection:
+            codec = replace(codec, width=protection.pop("bits"))
+        self.protection = Protection(**{"max_weight": float(devices), "codec": codec, **protection})
         self.grid = SecureGrid(
             self.wire, strategy or FedAvg(), self.federation.verified_roster, self.protection, exact=exact
         )
@@ -209,7 +215,7 @@ class Hive:
     def step(self) -> float:
         """What a mean of whole devices may be off by: a step of the grid for each, relative to the mean weight."""
         devices, protection = len(self.stores), self.protection
-        return self.grid.range / ((2**protection.bits - 1) // (2 * devices)) * protection.max_weight
+        return wrap_free(protection.codec.width, devices, self.grid.scale.range).step * protection.max_weight
 
     def _store(self, context: Context) -> DeviceStore:
         return self.stores[int(context.node_config["partition-id"])]

@@ -18,7 +18,7 @@ import numpy as np
 
 from propolis.protos import secagg_pb2 as pb
 from propolis.secure import labels
-from propolis.secure.codec.fixed_point import LANES
+from propolis.secure.codec.lanes import LANES
 from propolis.secure.envelope import open_sealed, seal
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TrustError
 from propolis.secure.identity import Signed, agreement_key, require_contributory, sign, verify
@@ -153,7 +153,7 @@ class SecAggClient:
         masks = [self_mask(self.seed, self.own.index, self.terms.digest, shared_input, request_digest)]
         others = [(head.index, head.mask_key) for head in self.heads.values()]
         masks += pairwise_masks(self.own.index, self.mask_private, others, self.terms.digest, shared_input)
-        ring = self.terms.codec.ring
+        ring = self.terms.grid.ring
         apply_masks(vector, masks, ring, VECTOR_STREAM)
         witnessed = np.append(lanes, LANES.embed(np.array([1])))
         apply_masks(witnessed, masks, LANES, LANE_STREAM)

@@ -235,6 +235,24 @@ class Device:
             raise PeerError(Refusal.POLICY, f"this device's weight is {policy.weight_key}, not what the plan says")
         if policy.require_malicious and not plan.malicious:
             raise PeerError(Refusal.POLICY, "this device asks for protection against a lying server")
+        self._require_policy_of_encoding(plan)
+
+    def _require_policy_of_encoding(self, plan: Plan) -> None:
+        """Support, scale, width and seed are the server's to choose within these limits."""
+        policy, encoding = self._policy, plan.encoding
+        if encoding.width < policy.min_bits:
+            raise PeerError(Refusal.POLICY, f"{encoding.width} bits are fewer than {policy.min_bits}")
+        if encoding.density < policy.min_density:
+            raise PeerError(Refusal.POLICY, f"a density of {encoding.density} is below {policy.min_density}")
+        if encoding.step > policy.max_step:
+            raise PeerError(Refusal.POLICY, f"a step of {encoding.step:g} is coarser than {policy.max_step:g}")
+        if not self.state.plan:
+            return
+        before = terms_of(self.state.plan).plan
+        is_other_round = (before.run_id, before.round) != (plan.run_id, plan.round)
+        draws = encoding.rotated or encoding.density < 1
+        if draws and is_other_round and encoding.seed == before.encoding.seed:
+            raise PeerError(Refusal.POLICY, "the codec's seed is that of another round")
 
     def _verified(self, roster: TrustedRoster, keys: NeighbourKeys) -> Neighbour:
         """A neighbour whose descriptor is a member's, the only one of its index, and whose prekey is fresh."""

@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 
 from propolis.protos import secagg_pb2 as pb
 from propolis.secure import labels
-from propolis.secure.codec.fixed_point import FixedPoint
-from propolis.secure.codec.update import Encoding as Encoding
+from propolis.secure.codec.encoding import Encoding as Encoding
+from propolis.secure.codec.quantize import Grid
 from propolis.secure.errors import PeerError, Refusal, UsageError
 from propolis.secure.graph import NeighbourGraph, Sharing, sharing
 from propolis.secure.secagg.messages import SUITE, from_bitmap
@@ -88,11 +88,14 @@ class Terms:
         with _blaming_the_plan():
             return sharing(len(self.cohort), plan.corrupted_ppm / _MILLION, plan.dropped_ppm / _MILLION, plan.malicious)
 
-    @cached_property
-    def codec(self) -> FixedPoint:
-        """The grid of the update."""
-        with _blaming_the_plan():
-            return FixedPoint(self.plan.encoding.width, len(self.cohort), self.plan.encoding.range)
+    @property
+    def grid(self) -> Grid:
+        """Where the coordinates of an update lie."""
+        return self.plan.encoding.grid
+
+    def place(self, index: int) -> int:
+        """The place of a device in the cohort's order."""
+        return self.cohort.index(index)
 
     def require_feasible(self) -> None:
         """Refuse a plan for which no graph is safe enough, or whose ring is too small for its devices.
@@ -100,7 +103,9 @@ class Terms:
         Raises:
             PeerError: it is one.
         """
-        self.sharing, self.codec  # noqa: B018 (computed once, here)
+        with _blaming_the_plan():
+            self.plan.encoding.require_room(len(self.cohort))
+        self.sharing  # noqa: B018 (computed once, here)
 
     @property
     def kind(self) -> Kind:

@@ -24,6 +24,9 @@ class Policy:
         max_reveals_per_model: how often this device helps to unmask a sum over one model, for training and for
             evaluation each, across runs. None: any number, as in a simulation.
         require_malicious: take part only in rounds that are protected against a lying server.
+        min_bits: fewest bits of the ring that updates are added up in.
+        min_density: smallest share of the model's values that a round may ask for, so that nobody asks for a few.
+        max_step: coarsest grid that an update may be rounded to, in units of a weighted change.
     """
 
     min_cohort: int = 3
@@ -35,6 +38,9 @@ class Policy:
     max_norm: float | None = None
     max_reveals_per_model: int | None = 4
     require_malicious: bool = False
+    min_bits: int = 2
+    min_density: float = 0.001
+    max_step: float = 1e6
 
     def __post_init__(self) -> None:
         if self.min_cohort < 2 or self.min_threshold < 1:
@@ -43,5 +49,7 @@ class Policy:
             raise UsageError("a policy needs min_corrupted and min_dropped in [0, 1)")
         if any(limit is not None and not limit > 0 for limit in (self.max_weight, self.max_norm)):
             raise UsageError("a policy's max_weight and max_norm must be positive")
+        if not (2 <= self.min_bits <= 32 and 0 <= self.min_density <= 1 and self.max_step > 0):
+            raise UsageError("a policy needs min_bits in 2..32, min_density in [0, 1] and max_step > 0")
         if self.max_reveals_per_model is not None and self.max_reveals_per_model < 1:
             raise UsageError("a policy's max_reveals_per_model must be at least 1")

@@ -16,7 +16,7 @@ from typing import Self
 
 from propolis.protos import secagg_pb2 as pb
 from propolis.secure import labels
-from propolis.secure.codec.fixed_point import LANES
+from propolis.secure.codec.lanes import LANES
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TooFewPeersError, TrustError
 from propolis.secure.identity import TrustedRoster, require_contributory, verify
 from propolis.secure.merkle import MerkleTree
@@ -75,7 +75,7 @@ class SecAggServer:
         self.terms = terms
         self._members = {index: Member.of(roster, index, keys[index]) for index in terms.cohort}
         self._fixed_lanes = fixed_lanes
-        self._vector = terms.codec.ring.zeros(dimension)
+        self._vector = terms.grid.ring.zeros(dimension)
         self._lanes: Vector | None = None
         self._metrics = metrics
         self._offered_metrics: dict[int, tuple[str, ...]] = {}
@@ -147,7 +147,7 @@ class SecAggServer:
     @property
     def largest_upload(self) -> int:
         """Bytes that a reply to an upload request may have."""
-        return self.terms.codec.ring.packed_size(len(self._vector)) + 8 * self._fixed_lanes + LARGEST_METRICS
+        return self.terms.grid.ring.packed_size(len(self._vector)) + 8 * self._fixed_lanes + LARGEST_METRICS
 
     def receive_upload(self, index: int, reply: UploadReply) -> None:
         """Fold a masked vector into the sum; raises PeerError when it cannot be, or comes too late."""
@@ -159,7 +159,7 @@ class SecAggServer:
         self._offered_metrics[index] = reply.metrics
         if self._metrics is not None and reply.metrics != self._metrics:
             raise PeerError(Refusal.MODEL, f"the metrics of device {index} are not the other devices'")
-        vector = self.terms.codec.ring.unpack(reply.vector, len(self._vector))
+        vector = self.terms.grid.ring.unpack(reply.vector, len(self._vector))
         lanes = LANES.unpack(reply.lanes, self._fixed_lanes + len(reply.metrics) + 1)
         if self._lanes is None:
             self._lanes, self._metrics = LANES.zeros(len(lanes)), reply.metrics
@@ -268,7 +268,7 @@ class SecAggServer:
         if int(lanes[-1]) != len(self.alive):
             raise PeerError(Refusal.MODEL, "the sum is noise: some device saw another model, configuration or plan")
         vector = self._vector.copy()
-        apply_masks(vector, masks, self.terms.codec.ring, VECTOR_STREAM, threads)
+        apply_masks(vector, masks, self.terms.grid.ring, VECTOR_STREAM, threads)
         return vector, lanes[:-1]
 
     def _masks_left(self, shared_input: bytes) -> Iterable[Mask]:
@@ -363,7 +363,7 @@ class SecAggServer:
     @classmethod
     def _restored(cls, state: pb.ServerState, roster: TrustedRoster) -> Self:
         terms = terms_of(state.plan)
-        if state.version != FORMAT_VERSION or len(state.vector) != state.dimension * terms.codec.ring.dtype.itemsize:
+        if state.version != FORMAT_VERSION or len(state.vector) != state.dimension * terms.grid.ring.dtype.itemsize:
             raise ValueError(f"format {state.version}, {len(state.vector)} bytes for {state.dimension} elements")
         members = [Member.restore(roster, each) for each in state.members]
         if tuple(member.descriptor.index for member in members) != terms.cohort:
@@ -374,7 +374,7 @@ class SecAggServer:
         server._mask_keys = {member.head.mask_key for member in members if member.head}
         server._uploading = state.uploading
         server._preparing = not any(member.upload_request for member in members)
-        server._vector = terms.codec.ring.from_memory(state.vector, state.dimension)
+        server._vector = terms.grid.ring.from_memory(state.vector, state.dimension)
         uploaded = any(member.uploaded for member in members)
         server._metrics = tuple(state.metrics) if uploaded or state.metrics else None
         if uploaded:

@@ -21,6 +21,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from propolis.messages import RECORD, model_digest, model_in, protocol_record, shared_input_of
+from propolis.secure.codec.pipeline import Pipeline
 from propolis.secure.codec.update import Update, encode_update
 from propolis.secure.errors import PropolisError
 from propolis.secure.identity import Signed, forget_signatures, trusted_roster
@@ -106,7 +107,8 @@ class DevicesHere:
         device.begin_upload(request, shared_input)
         terms, rng = device.terms, np.random.default_rng(int.from_bytes(device.rounding_seed(), "big"))
         weighted = Update({NAME: update}, 1.0, {})
-        encoded = encode_update(weighted, terms.plan.encoding, len(terms.cohort), rng)
+        pipeline = Pipeline(terms.plan.encoding, len(terms.cohort), {NAME: (self._dimension,)}, {})
+        encoded = encode_update(weighted, pipeline, terms.place(device.state.index), rng)
         return device.upload(request, Upload(shared_input, digest, *encoded))
 
 

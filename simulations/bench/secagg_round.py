@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from propolis.messages import model_digest, model_in, shared_input_of
-from propolis.secure.codec.update import Mean, decode_mean
+from propolis.secure.codec.pipeline import Pipeline
+from propolis.secure.codec.quantize import wrap_free
+from propolis.secure.codec.update import Mean, count_lanes, decode_mean
 from propolis.secure.graph import Sharing
 from propolis.secure.identity import trusted_roster
 from propolis.secure.secagg.messages import (
@@ -82,8 +84,8 @@ def secure_sum(devices: Devices, count: int, dimension: int, dropped: Collection
     for index in server.alive:
         server.receive_unmask(index, from_bytes(UnmaskReply, asking(Exchange.UNMASK, index, server.unmask_request)))
     vector, lanes = server.sum(shared_input)
-    encoding, alive = server.terms.plan.encoding, server.alive
-    mean = decode_mean(vector, lanes, server.metrics, encoding, {NAME: (dimension,)}, count, len(alive))
+    pipeline, alive = Pipeline(server.terms.plan.encoding, count, {NAME: (dimension,)}, {}), server.alive
+    mean = decode_mean(vector, lanes, server.metrics, pipeline, len(alive))
     return SecureSum(mean, alive, time.perf_counter() - began - asking.seconds, server.terms.sharing)
 
 
@@ -102,6 +104,12 @@ class _Asking:
         return reply
 
 
+def plain_encoding(devices: int) -> Encoding:
+    """As the codec float32 has it: all the values, on a grid on which no sum can leave the ring."""
+    grid = wrap_free(_BITS, devices, RANGE)
+    return Encoding(grid.width, grid.step, grid.levels, 1.0, "num-examples", (NAME,), ())
+
+
 def _introduced(asking: _Asking, count: int, dimension: int) -> SecAggServer:
     """The server's role once all the devices have said hello."""
     roster = trusted_roster(asking.devices.root_key, asking.devices.roster)
@@ -110,7 +118,7 @@ def _introduced(asking: _Asking, count: int, dimension: int) -> SecAggServer:
         reply = from_bytes(HelloReply, asking(Exchange.HELLO, index, lambda _: hello))
         directory.take_hello(index, hello.challenge, reply)
     plan = Plan(
-        encoding=Encoding(_BITS, RANGE, 1.0, "num-examples", (NAME,), ()),
+        encoding=plain_encoding(count),
         malicious=False,
         run_id=os.urandom(16),
         round=1,
@@ -125,4 +133,4 @@ def _introduced(asking: _Asking, count: int, dimension: int) -> SecAggServer:
     keys = {index: directory.spend(index) for index in range(count)}
     shapes = {NAME: (dimension,)}
     terms = Terms(plan.to_bytes())
-    return SecAggServer(terms, roster, keys, plan.encoding.dimension(shapes), plan.encoding.fixed_lanes(shapes))
+    return SecAggServer(terms, roster, keys, plan.encoding.dimension(shapes), count_lanes(plan.encoding, shapes))

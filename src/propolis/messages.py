@@ -6,11 +6,12 @@ the protocol's bytes. What else the message holds (model, configuration) is boun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from propolis.secure import labels
@@ -20,7 +21,15 @@ from propolis.secure.secagg.states import Exchange
 Arrays = dict[str, NDArray[Any]]
 
 RECORD = "propolis"
-_EXCHANGE, _BODY = "exchange", "body"
+_EXCHANGE, _BODY, _BROADCAST = "exchange", "body", "model"
+
+# In an app's configuration: whether the zeros of the model's matrices are pruned and stay zero.
+PRUNED_KEY = "pruned"
+
+# The `stype` of an array that is empty here because its values come with the protocol's record.
+_ELSEWHERE = "propolis.broadcast"
+# Values that a device makes room for on a server's word.
+_MOST_VALUES = 2**28
 
 # Error replies carry a `Refusal` above Flower's own codes.
 _FIRST_CODE = 1000
@@ -28,9 +37,12 @@ _FIRST_CODE = 1000
 _EXCHANGES = {exchange.label: exchange for exchange in Exchange}
 
 
-def protocol_record(exchange: Exchange, body: bytes) -> ConfigRecord:
-    """The record of one exchange: a request's, or a reply's."""
-    return ConfigRecord({_EXCHANGE: exchange.label, _BODY: body})
+def protocol_record(exchange: Exchange, body: bytes, broadcast: bytes = b"") -> ConfigRecord:
+    """The record of one exchange: a request's, or a reply's; with the model's way to the device where it has one."""
+    record = ConfigRecord({_EXCHANGE: exchange.label, _BODY: body})
+    if broadcast:
+        record[_BROADCAST] = broadcast
+    return record
 
 
 def open_record(content: RecordDict) -> tuple[Exchange, bytes]:
@@ -46,6 +58,59 @@ def open_record(content: RecordDict) -> tuple[Exchange, bytes]:
     if not isinstance(exchange, str) or exchange not in _EXCHANGES or not isinstance(body, bytes):
         raise PeerError(Refusal.MALFORMED, f"the message's record {RECORD} names no exchange of the protocol")
     return _EXCHANGES[exchange], body
+
+
+def broadcast_in(content: RecordDict) -> bytes:
+    """The model's way to the device, empty where the model is in the message as it is; raises PeerError."""
+    data = content.config_records[RECORD].get(_BROADCAST, b"")
+    if not isinstance(data, bytes):
+        raise PeerError(Refusal.MALFORMED, f"the message's record {RECORD} holds no broadcast")
+    return data
+
+
+def with_model(content: RecordDict, model: Mapping[str, NDArray[Any]]) -> RecordDict:
+    """The content with other arrays in its only ArrayRecord; all else are the same objects in the same order."""
+    arrays = ArrayRecord({name: Array(np.asarray(array)) for name, array in model.items()})
+    return RecordDict({name: arrays if isinstance(record, ArrayRecord) else record for name, record in content.items()})
+
+
+def with_model_elsewhere(content: RecordDict, names: Collection[str]) -> RecordDict:
+    """The content with the named arrays emptied: their names, shapes and order stay, for `fill_model`."""
+    (record,) = content.array_records.values()
+    arrays = {
+        name: Array("float32", array.shape, _ELSEWHERE, b"") if name in names else array
+        for name, array in record.items()
+    }
+    return RecordDict(
+        {name: ArrayRecord(arrays) if isinstance(each, ArrayRecord) else each for name, each in content.items()}
+    )
+
+
+def values_elsewhere(content: RecordDict) -> int:
+    """How many values the emptied arrays of a content lack; raises PeerError when they are unbelievably many."""
+    records = list(content.array_records.values())
+    shapes = [array.shape for record in records for array in record.values() if array.stype == _ELSEWHERE]
+    count = sum(prod(shape) for shape in shapes)
+    if any(length < 0 for shape in shapes for length in shape) or count > _MOST_VALUES:
+        raise PeerError(Refusal.MALFORMED, f"a model of {count} values")
+    return count
+
+
+def fill_model(content: RecordDict, values: NDArray[np.float32]) -> RecordDict:
+    """The inverse of `with_model_elsewhere`: `values` are those of the emptied arrays, in their order."""
+    if len(content.array_records) != 1:
+        raise PeerError(Refusal.MODEL, f"expected one ArrayRecord, got {len(content.array_records)}")
+    (record,) = content.array_records.values()
+    arrays, start = {}, 0
+    for name, array in record.items():
+        if array.stype == _ELSEWHERE:
+            end = start + prod(array.shape)
+            arrays[name], start = Array(values[start:end].reshape(array.shape)), end
+        else:
+            arrays[name] = array
+    return RecordDict(
+        {name: ArrayRecord(arrays) if isinstance(each, ArrayRecord) else each for name, each in content.items()}
+    )
 
 
 def without_record(content: RecordDict) -> RecordDict:

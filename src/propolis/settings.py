@@ -18,7 +18,9 @@ from pydantic_core import ErrorDetails
 from propolis.secure.errors import UsageError
 
 PROTECTIONS = ("none", "secagg")
-CODECS = ("float32",)
+CODECS = ("float32", "dense", "thin")
+# What changes a codec; without a value, the codec's own holds.
+_CODEC_PARAMETERS = ("bits", "density", "keep", "update_clip", "wraps", "broadcast_step")
 
 _LARGEST = 2**31 - 1
 _FEWEST_IN_A_SUM = 3
@@ -72,7 +74,6 @@ class Settings(BaseModel):
     ray_cpus: float = Field(1.0, gt=0, description="CPUs that the ray backend reserves for each device that trains.")
     protection: str = Field("none", description="How updates are protected: none, or secagg (secure aggregation).")
     malicious: bool = Field(False, description="secagg also against a server that lies about who is there.")
-    bits: int = Field(16, ge=2, le=32, description="Bits that a parameter costs on the wire under secagg.")
     update_range: float = Field(
         1.0,
         gt=0,
@@ -88,7 +89,30 @@ class Settings(BaseModel):
     assume_dropped: float = Field(
         0.25, ge=0, lt=0.5, description="Share of the devices that secagg assumes to drop out of a round."
     )
-    codec: str = Field("float32", description="How updates are encoded: float32.")
+    codec: str = Field(
+        "float32", description="How updates and models are encoded under secagg: float32, dense (4 bits) or thin."
+    )
+    bits: int | None = Field(
+        None, ge=2, le=32, description="Bits that a value costs on the wire; 16, 4 (dense) and 5 (thin) by default."
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="Share of the values that travels in a round; all, and a tenth of them in thin."
+    )
+    keep: int | None = Field(
+        None, ge=0, le=_LARGEST, description="Arrays of at most this many values travel whole; 0, and 256 in thin."
+    )
+    update_clip: float | None = Field(
+        None, gt=0, description="Largest norm of a device's change, in units of their mean; 3, and none in float32."
+    )
+    wraps: float | None = Field(
+        None, gt=0, le=1, description="Values of a round's sum that may be expected not to fit their bits; 0.01."
+    )
+    broadcast_step: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Coarseness of the model's way to the devices; 0 (whole), 0.5 (dense), 3.5 (thin).",
+    )
 
     @field_validator("strategy", mode="before")
     @classmethod
@@ -119,6 +143,16 @@ class Settings(BaseModel):
             raise ValueError(f"{sampled} of {self.clients} clients train in a round; a secure sum takes 3 or more")
         if self.malicious and not self.is_protected:
             raise ValueError("malicious is a kind of secagg: set protection to secagg")
+        return self
+
+    @model_validator(mode="after")
+    def _codec_inside_a_sum(self) -> Self:
+        given = [name for name in _CODEC_PARAMETERS if getattr(self, name) is not None]
+        if not self.is_protected and (given or self.codec != "float32"):
+            what = given[0] if given else f"codec {self.codec}"
+            raise ValueError(f"{what} is for updates inside a secure sum: set protection to secagg")
+        if self.codec == "float32" and (rotating := [name for name in given if name in ("update_clip", "wraps")]):
+            raise ValueError(f"{rotating[0]} is for the codecs dense and thin: float32 cuts off single values only")
         return self
 
 

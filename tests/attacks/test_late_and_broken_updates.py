@@ -13,7 +13,7 @@ from protocol import Cohort, Round
 from secure_app import MODEL, Hive, answer, arrays_of, exchange_of, honest, metrics_of, outcome_of, require_mean
 
 from propolis.messages import refusal_of
-from propolis.secure.codec.fixed_point import FixedPoint
+from propolis.secure.codec.quantize import wrap_free
 from propolis.secure.errors import PeerError, Refusal, TooFewPeersError, UsageError
 from propolis.secure.secagg.messages import UploadReply, from_bytes, to_bytes
 
@@ -147,13 +147,14 @@ def test_a_round_of_broken_updates_alone_says_why() -> None:
 @pytest.mark.parametrize(("width", "devices"), [(2, 2), (4, 8), (8, 128)])
 def test_a_ring_without_room_for_one_level_from_each_device_is_no_grid(width: int, devices: int) -> None:
     with pytest.raises(UsageError, match=f"a ring of {width} bits is too small for {devices} devices"):
-        FixedPoint(width, devices, 1.0)
-    assert FixedPoint(width, devices - 1, 1.0).levels == 1
+        wrap_free(width, devices, 1.0)
+    assert wrap_free(width, devices - 1, 1.0).levels == 1
 
 
 def test_a_device_refuses_a_plan_whose_ring_could_overflow() -> None:
     attempt = Cohort(8).round(width=16)
-    narrow = attempt.cohort.plan(width=4)
+    plan = attempt.cohort.plan()
+    narrow = replace(plan, encoding=replace(plan.encoding, width=4, levels=1))
     request = replace(attempt.server.prepare_request(0), plan=narrow.to_bytes())
     with refuses(Refusal.MALFORMED, "too small for 8 devices"):
         attempt.cohort.device(0).prepare(to_bytes(request))
@@ -185,7 +186,7 @@ def test_a_device_whose_weight_makes_the_sum_impossible_costs_an_attempt() -> No
         vector, lanes, names = encode(*arguments)  # type: ignore[arg-type]
         told.append(1)
         if len(told) == 2:
-            lanes[0] = np.uint64(2**64 - 100 * 2**30)
+            lanes[1] = np.uint64(2**64 - 100 * 2**30)
         return vector, lanes, names
 
     with pytest.MonkeyPatch.context() as patch:

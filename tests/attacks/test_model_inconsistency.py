@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 from attacks.uniformity import looks_uniform
-from protocol import SHARED_INPUT, Cohort, Round, pairwise_mask
+from protocol import SHARED_INPUT, Cohort, Round, pairwise_mask, plain_encoding
 
 from propolis.secure import labels
-from propolis.secure.codec.fixed_point import LANES
+from propolis.secure.codec.lanes import LANES
 from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.masks import public_half, self_mask
 from propolis.secure.secagg.messages import UploadReply, from_bytes, to_bytes
-from propolis.secure.secagg.plan import Encoding, Terms
+from propolis.secure.secagg.plan import Terms
 
 DIMENSION = 4096
 OTHER_INPUT = b"j" * 32
@@ -70,7 +70,7 @@ def assert_noise(played: Round, shared_input: bytes) -> None:
     vector, lanes = played.server._vector.copy(), played.server._lanes
     assert lanes is not None
     lanes = lanes.copy()
-    apply_masks(vector, masks, played.terms.codec.ring, VECTOR_STREAM)
+    apply_masks(vector, masks, played.terms.grid.ring, VECTOR_STREAM)
     apply_masks(lanes, masks, LANES, LANE_STREAM)
     assert looks_uniform(vector.tobytes())
     assert looks_uniform(lanes.tobytes())
@@ -78,7 +78,7 @@ def assert_noise(played: Round, shared_input: bytes) -> None:
 
 def without_self_masks(played: Round, uploads: Uploads, summed: Collection[int], right: bool = True) -> Vector:
     """What the server makes of some uploads with all the seeds, which it has, and each device's own model, or not."""
-    ring, digest = played.terms.codec.ring, played.terms.digest
+    ring, digest = played.terms.grid.ring, played.terms.digest
     total = ring.zeros(DIMENSION)
     for index in summed:
         seed = played.server._reconstruct(index)
@@ -135,7 +135,7 @@ def test_even_a_model_dependent_own_mask_alone_would_hide_the_victim(victim: int
             key = public_half(roles[other].mask_private)
             secret = roles[victim].mask_private
             pair = pairwise_mask(victim, secret, other, key, played.terms.digest, OTHER_INPUT)
-            apply_masks(vector, [Mask(pair.seed, -pair.sign)], played.terms.codec.ring, VECTOR_STREAM)
+            apply_masks(vector, [Mask(pair.seed, -pair.sign)], played.terms.grid.ring, VECTOR_STREAM)
     assert looks_uniform(without_self_masks(played, {victim: vector}, [victim], right=False).tobytes())
     assert set(without_self_masks(played, {victim: vector}, [victim])) == {victim}
 
@@ -157,7 +157,7 @@ def test_a_victim_that_is_called_dropped_is_left_out_and_stays_hidden(victim: in
             head = played.server._members[other].head
             assert head is not None
             pair = pairwise_mask(victim, key, other, head.mask_key, played.terms.digest, OTHER_INPUT)
-            apply_masks(vector, [Mask(pair.seed, -pair.sign)], played.terms.codec.ring, VECTOR_STREAM)
+            apply_masks(vector, [Mask(pair.seed, -pair.sign)], played.terms.grid.ring, VECTOR_STREAM)
     assert looks_uniform(vector.tobytes())  # the seed's shares are nowhere
 
 
@@ -173,11 +173,17 @@ CHANGES: list[dict[str, Any]] = [
     {"cohort": range(6)},
     {"roster_number": 1},
     {"roster_digest": bytes(32)},
-    {"encoding": Encoding(16, 2.0, 1.0, "num-examples", ("a",), ())},
-    {"encoding": Encoding(16, 1.0, 2.0, "num-examples", ("a",), ())},
-    {"encoding": Encoding(16, 1.0, 1.0, "weight", ("a",), ())},
-    {"encoding": Encoding(16, 1.0, 1.0, "num-examples", ("a", "b"), ())},
-    {"encoding": Encoding(16, 1.0, 1.0, "num-examples", ("a",), ("b",))},
+    {"encoding": plain_encoding(("a",), range_=2.0)},
+    {"encoding": plain_encoding(("a",), max_weight=2.0)},
+    {"encoding": plain_encoding(("a",), weight_key="weight")},
+    {"encoding": plain_encoding(("a", "b"))},
+    {"encoding": plain_encoding(("a",), ("b",))},
+    {"encoding": replace(plain_encoding(("a",)), clip=1.0)},
+    {"encoding": replace(plain_encoding(("a",)), rotated=True)},
+    {"encoding": replace(plain_encoding(("a",)), density=0.5)},
+    {"encoding": replace(plain_encoding(("a",)), keep=1)},
+    {"encoding": replace(plain_encoding(("a",)), pruned=True)},
+    {"encoding": replace(plain_encoding(("a",)), seed=b"s" * 32)},
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from attacks.insiders import read_head, signed_head
-from protocol import SHARED_INPUT, UNLIMITED, Cohort, Round
+from protocol import SHARED_INPUT, UNLIMITED, Cohort, Round, plain_encoding
 
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
 from propolis.secure.secagg.client import SecAggClient
@@ -595,7 +595,8 @@ def test_a_cohort_of_another_length_than_the_roster_is_refused(length: int) -> N
 
 def test_a_cohort_beyond_the_roster_is_refused() -> None:
     asked = Asked()
-    plan = replace(asked.cohort.plan(), cohort=to_bitmap((*range(10), 11), 16))
+    plan = asked.cohort.plan(encoding=plain_encoding(("a",), devices=11))
+    plan = replace(plan, cohort=to_bitmap((*range(10), 11), 16))
     error = prepare_refused(asked.cohort, 0, asked.request(plan, range(1, 10)))
     assert error.refusal is Refusal.IDENTITY
 
@@ -603,7 +604,9 @@ def test_a_cohort_beyond_the_roster_is_refused() -> None:
 @pytest.mark.parametrize("width", [2, 4])
 def test_a_plan_whose_ring_is_too_small_for_its_devices_is_refused(width: int) -> None:
     asked = Asked()
-    error = prepare_refused(asked.cohort, 0, asked.request(asked.cohort.plan(width=width), range(1, 10)))
+    plan = asked.cohort.plan()
+    narrow = replace(plan, encoding=replace(plan.encoding, width=width, levels=1))
+    error = prepare_refused(asked.cohort, 0, asked.request(narrow, range(1, 10)))
     assert isinstance(error, PeerError)
     assert error.refusal is Refusal.MALFORMED
     asked.prepare(asked.genuine(width=5))

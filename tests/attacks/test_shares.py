@@ -16,7 +16,7 @@ from attacks.uniformity import looks_uniform
 from protocol import SHARED_INPUT, Cohort, Round, pairwise_mask
 
 from propolis.secure import labels
-from propolis.secure.codec.fixed_point import LANES
+from propolis.secure.codec.lanes import LANES
 from propolis.secure.envelope import seal
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
 from propolis.secure.graph import sharing
@@ -332,7 +332,7 @@ def unmasked(played: Round, index: int, masks: Iterable[Mask]) -> Vector:
     reply = Device(state, played.cohort.policy, played.cohort.now).begin_upload(request, SHARED_INPUT)
     assert reply is not None
     vector = np.frombuffer(from_bytes(UploadReply, reply).vector, "<u4").copy()
-    apply_masks(vector, [Mask(mask.seed, -mask.sign) for mask in masks], played.terms.codec.ring, VECTOR_STREAM)
+    apply_masks(vector, [Mask(mask.seed, -mask.sign) for mask in masks], played.terms.grid.ring, VECTOR_STREAM)
     return vector
 
 
@@ -734,7 +734,7 @@ def test_metrics_have_the_same_names_everywhere() -> None:
     played.prepare()
     for index in range(5):
         played.server.upload_request(index)
-    vector = played.terms.codec.ring.pack(played.terms.codec.ring.zeros(8))
+    vector = played.terms.grid.ring.pack(played.terms.grid.ring.zeros(8))
     reply = UploadReply(played.terms.digest, vector, LANES.pack(LANES.zeros(3)), ("accuracy", "loss"))
     played.server.receive_upload(0, reply)
     for names in (("loss", "accuracy"), ("accuracy",), ("accuracy", "loss", "loss"), (), ("accuracy", "Loss")):

@@ -405,7 +405,7 @@ def test_a_federation_restored_from_an_old_backup_starts_over_with_new_masks() -
 
 def lift(played: Round, vector: Vector, mask: Mask) -> None:
     """Take a mask that was added away from an upload."""
-    apply_masks(vector, [Mask(mask.seed, -mask.sign)], played.terms.codec.ring, VECTOR_STREAM)
+    apply_masks(vector, [Mask(mask.seed, -mask.sign)], played.terms.grid.ring, VECTOR_STREAM)
 
 
 PRIVATE, PUBLIC = agreement_key()

@@ -32,7 +32,7 @@ from secure_app import (
 )
 
 from propolis.messages import RECORD
-from propolis.secure.codec.fixed_point import LANES, encode_lanes
+from propolis.secure.codec.lanes import LANES, encode_lanes
 from propolis.secure.errors import TooFewPeersError, TrustError, UsageError
 from propolis.secure.secagg.messages import HelloReply, PrepareReply, UploadReply, from_bytes
 from propolis.secure.secagg.policy import Policy
@@ -323,13 +323,13 @@ def test_the_range_follows_the_devices() -> None:
     largest = sum((index + 1) / 3 * shift(index) for index in range(3)) / 3
     assert ranges[-1] == pytest.approx(4 * largest, rel=0.05)
     hive.round("evaluate")
-    assert hive.grid.range == pytest.approx(4 * largest, rel=0.05)
+    assert hive.grid.scale.range == pytest.approx(4 * largest, rel=0.05)
 
 
 def test_a_grid_goes_on_with_the_range_of_the_run_before() -> None:
     hive, other = Hive(3), Hive(3)
-    other.grid.resume_from(metrics_of(hive.round()))
-    assert other.grid.range == hive.grid.range
+    other.grid.resume_from(metrics_of(hive.round()), hive.grid.state())
+    assert other.grid.scale.range == hive.grid.scale.range
 
 
 def test_what_is_out_of_range_is_reported_and_the_range_grows(caplog: pytest.LogCaptureFixture) -> None:
@@ -338,7 +338,7 @@ def test_what_is_out_of_range_is_reported_and_the_range_grows(caplog: pytest.Log
         metrics = metrics_of(hive.round())
     assert metrics["saturated"] == 30  # the two devices with the larger weighted changes: 15 parameters each
     assert "30 values were out of range" in caplog.text
-    assert hive.grid.range == 0.02
+    assert hive.grid.scale.range == 0.02
 
 
 # Drop-outs

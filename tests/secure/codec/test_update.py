@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from propolis.secure.codec.fixed_point import LANES, FixedPoint
-from propolis.secure.codec.update import Encoding, Mean, Update, decode_mean, encode_update, following_range
+from propolis.secure.codec.encoding import Encoding
+from propolis.secure.codec.lanes import LANES
+from propolis.secure.codec.pipeline import Pipeline
+from propolis.secure.codec.quantize import wrap_free
+from propolis.secure.codec.update import Mean, Update, count_lanes, decode_mean, encode_update
 from propolis.secure.errors import PeerError, Refusal
 from propolis.secure.ring import Ring
 
@@ -21,21 +24,31 @@ ONE = {"w": np.array([0.5], np.float32)}
 
 
 def encoding(
-    quantized: tuple[str, ...] = ("w",), exact: tuple[str, ...] = (), width: int = 16, range_: float = 1.0
+    quantized: tuple[str, ...] = ("w",),
+    exact: tuple[str, ...] = (),
+    width: int = 16,
+    range_: float = 1.0,
+    devices: int = 3,
 ) -> Encoding:
-    return Encoding(width, range_, MAX_WEIGHT, "num-examples", quantized, exact)
+    grid = wrap_free(width, devices, range_)
+    return Encoding(width, grid.step, grid.levels, MAX_WEIGHT, "num-examples", quantized, exact)
 
 
-def mean_of(updates: list[Update], how: Encoding, devices: int | None = None) -> Mean:
-    """What the server reads in the sum of these updates."""
-    devices = devices or len(updates)
+def pipeline_of(updates: list[Update], how: Encoding, devices: int | None = None) -> Pipeline:
     shapes = {name: change.shape for name, change in updates[0].changes.items()}
-    total = Ring(how.width).zeros(how.dimension(shapes))
-    lanes = LANES.zeros(how.fixed_lanes(shapes) + len(updates[0].metrics))
-    for seed, update in enumerate(updates):
-        vector, own, names = encode_update(update, how, devices, np.random.default_rng(seed))
+    return Pipeline(how, devices or len(updates), shapes, {})
+
+
+def mean_of(updates: list[Update], how: Encoding | None = None, devices: int | None = None) -> Mean:
+    """What the server reads in the sum of these updates."""
+    how = how or encoding(devices=len(updates))
+    pipeline = pipeline_of(updates, how, devices)
+    total, lanes = Ring(how.width).zeros(pipeline.size), LANES.zeros(1)
+    for place, update in enumerate(updates):
+        vector, own, names = encode_update(update, pipeline, place, np.random.default_rng(place))
         total, lanes = total + vector, lanes + own
-    return decode_mean(Ring(how.width).reduce(total), lanes, names, how, shapes, devices, len(updates))
+    assert len(lanes) == count_lanes(how, pipeline.shapes) + len(names)
+    return decode_mean(Ring(how.width).reduce(total), lanes, names, pipeline, len(updates))
 
 
 def plain_mean(updates: list[Update], name: str) -> NDArray[np.float64]:
@@ -45,7 +58,7 @@ def plain_mean(updates: list[Update], name: str) -> NDArray[np.float64]:
 
 def refused(update: Update, how: Encoding | None = None) -> Refusal:
     with pytest.raises(PeerError) as caught:
-        encode_update(update, how or encoding(), 3, np.random.default_rng(0))
+        encode_update(update, pipeline_of([update], how or encoding(), 3), 0, np.random.default_rng(0))
     return caught.value.refusal
 
 
@@ -72,10 +85,11 @@ def test_the_mean_of_updates_is_within_a_step_of_the_grid_for_each_device(
         )
         for weight in weights
     ]
-    how, devices = encoding(tuple(sorted(named)), width=width, range_=range_), len(weights) + absent
+    devices = len(weights) + absent
+    how = encoding(tuple(sorted(named)), width=width, range_=range_, devices=devices)
     mean = mean_of(updates, how, devices)
     share = sum(weights) / MAX_WEIGHT
-    step = FixedPoint(width, devices, range_).step
+    step = how.step
     for name in named:
         assert mean.changes[name].shape == named[name]
         allowed = len(weights) * (step * 1.01 + range_ * 1e-6) / share * (1 + 1e-6)
@@ -88,7 +102,7 @@ def test_the_mean_of_updates_is_within_a_step_of_the_grid_for_each_device(
 @given(st.lists(st.tuples(st.floats(0.1, MAX_WEIGHT), st.floats(-1e3, 1e3), st.floats(-1, 1)), min_size=1, max_size=9))
 def test_metrics_come_back_as_weighted_means(devices: list[tuple[float, float, float]]) -> None:
     updates = [Update(ONE, weight, {"loss": loss, "accuracy": accuracy}) for weight, loss, accuracy in devices]
-    mean, weight = mean_of(updates, encoding()), sum(weight for weight, _, _ in devices)
+    mean, weight = mean_of(updates), sum(weight for weight, _, _ in devices)
     rounding = len(devices) * 2.0**-30 * MAX_WEIGHT / weight  # of a lane with 30 fractional bits
     assert mean.metrics["loss"] == pytest.approx(sum(w * x for w, x, _ in devices) / weight, abs=1001 * rounding)
     assert mean.metrics["accuracy"] == pytest.approx(sum(w * x for w, _, x in devices) / weight, abs=2 * rounding)
@@ -96,8 +110,8 @@ def test_metrics_come_back_as_weighted_means(devices: list[tuple[float, float, f
 
 def test_rounding_is_unbiased() -> None:
     """An update of a third of a step comes back right on average, where rounding to the nearest would lose it."""
-    how = encoding(width=8)
-    third = FixedPoint(8, 1, 1.0).step / 3
+    how = encoding(width=8, devices=1)
+    third = how.step / 3
     mean = mean_of([Update({"w": np.full(30_000, third, np.float32)}, MAX_WEIGHT, {})], how)
     assert mean.changes["w"].mean() == pytest.approx(third, rel=0.05)
 
@@ -108,11 +122,11 @@ def test_a_weight_that_is_not_positive_and_finite_is_refused(weight: float) -> N
 
 
 def test_the_largest_weight_is_allowed() -> None:
-    assert mean_of([Update(ONE, MAX_WEIGHT, {})], encoding()).weight == MAX_WEIGHT
+    assert mean_of([Update(ONE, MAX_WEIGHT, {})]).weight == MAX_WEIGHT
 
 
 def test_a_larger_weight_is_cut_and_counted_for_a_refusal_would_tell_it() -> None:
-    mean = mean_of([Update(ONE, MAX_WEIGHT * 1.001, {}), Update(ONE, MAX_WEIGHT * 1e9, {})], encoding())
+    mean = mean_of([Update(ONE, MAX_WEIGHT * 1.001, {}), Update(ONE, MAX_WEIGHT * 1e9, {})])
     assert mean.weight == 2 * MAX_WEIGHT
     assert mean.saturated == 2
 
@@ -120,7 +134,7 @@ def test_a_larger_weight_is_cut_and_counted_for_a_refusal_would_tell_it() -> Non
 def test_a_sum_of_next_to_no_weight_is_refused() -> None:
     """It would be a division by what a lying device made of it."""
     with pytest.raises(PeerError, match="weights add up to"):
-        mean_of([Update(ONE, MAX_WEIGHT * 2.0**-22, {})], encoding())
+        mean_of([Update(ONE, MAX_WEIGHT * 2.0**-22, {})])
 
 
 @pytest.mark.parametrize("value", [nan, inf, -inf])
@@ -145,14 +159,14 @@ def test_what_is_outside_of_the_range_is_cut_off_and_counted() -> None:
         Update({"w": np.array([3.0, -2.0, 0.5, 1.0], np.float32)}, MAX_WEIGHT, {}),
         Update({"w": np.array([0.0, -9.0, 0.5, 1.0], np.float32)}, MAX_WEIGHT, {}),
     ]
-    mean = mean_of(updates, encoding())
+    mean = mean_of(updates)
     assert mean.saturated == 3
     assert mean.largest == pytest.approx(6.0)
     np.testing.assert_allclose(mean.changes["w"], [0.5, -1.0, 0.5, 1.0], atol=1e-4)
 
 
 def test_a_metric_beyond_billions_is_cut_off_and_counted() -> None:
-    mean = mean_of([Update(ONE, MAX_WEIGHT, {"loss": 1e30}), Update(ONE, MAX_WEIGHT, {"loss": 1.0})], encoding())
+    mean = mean_of([Update(ONE, MAX_WEIGHT, {"loss": 1e30}), Update(ONE, MAX_WEIGHT, {"loss": 1.0})])
     assert mean.saturated == 1
     assert mean.metrics["loss"] < 2**33
     assert mean.weight == pytest.approx(2 * MAX_WEIGHT)
@@ -161,7 +175,7 @@ def test_a_metric_beyond_billions_is_cut_off_and_counted() -> None:
 @pytest.mark.parametrize("weights", [(1, 2, 3), (100, 1, 7), (33,)])
 def test_equal_counters_and_flags_come_back_exactly(weights: tuple[int, ...]) -> None:
     changes: dict[str, Any] = {"counter": np.array([12, -7, 0, 54321]), "flag": np.array(True), "w": np.zeros((2, 0))}
-    how = encoding(exact=("counter", "flag"))
+    how = encoding(exact=("counter", "flag"), devices=len(weights))
     mean = mean_of([Update(changes, float(weight), {}) for weight in weights], how)
     np.testing.assert_allclose(mean.changes["counter"], changes["counter"], atol=1e-3)
     np.testing.assert_array_equal(np.rint(mean.changes["counter"]), changes["counter"])
@@ -172,42 +186,23 @@ def test_equal_counters_and_flags_come_back_exactly(weights: tuple[int, ...]) ->
 def test_statistics_come_back_far_finer_than_on_the_grid() -> None:
     rng = np.random.default_rng(0)
     updates = [Update({"mean": rng.normal(size=50), "w": np.zeros(1)}, weight, {}) for weight in (10.0, 90.0)]
-    mean = mean_of(updates, encoding(exact=("mean",), width=8))
+    mean = mean_of(updates, encoding(exact=("mean",), width=8, devices=2))
     np.testing.assert_allclose(mean.changes["mean"], plain_mean(updates, "mean"), atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("range_", "largest", "following"),
-    [
-        (1.0, 0.2, 0.8),
-        (1.0, 1e9, 2.0),
-        (1.0, 0.0, 0.5),
-        (1.0, -5.0, 0.5),
-        (1e-12, 0.0, 1e-12),
-        (1e12, 1e12, 1e12),
-    ],
-)
-def test_the_range_follows_what_was_seen_by_at_most_a_factor_of_two(
-    range_: float, largest: float, following: float
-) -> None:
-    assert following_range(range_, largest) == pytest.approx(following)
-
-
-@given(st.floats(1e-12, 1e12), st.floats(-1e12, 1e12))
-def test_a_range_is_always_one_that_a_plan_may_have(range_: float, largest: float) -> None:
-    assert 1e-12 <= following_range(range_, largest) <= 1e12
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 2.001])
 def test_a_sum_whose_weights_are_impossible_is_refused(share: float) -> None:
-    lanes = LANES.embed(np.rint(np.array([share, 0.0, 0.0]) * 2**30).astype(np.int64))
+    pipeline = Pipeline(encoding(), 3, {"w": (1,)}, {})
+    lanes = LANES.zeros(count_lanes(pipeline.encoding, pipeline.shapes))
+    lanes[1] = LANES.embed(np.rint(np.array([share]) * 2**30).astype(np.int64))[0]
     with pytest.raises(PeerError) as caught:
-        decode_mean(Ring(16).zeros(1), lanes, (), encoding(), {"w": (1,)}, 3, 2)
+        decode_mean(Ring(16).zeros(1), lanes, (), pipeline, 2)
     assert caught.value.refusal is Refusal.WEIGHT
 
 
 def test_the_same_seed_gives_the_same_vector() -> None:
     update = Update({"w": np.linspace(-1, 1, 99, dtype=np.float32)}, 7.0, {})
-    first, again, other = (encode_update(update, encoding(), 3, np.random.default_rng(s))[0] for s in (1, 1, 2))
+    pipeline = pipeline_of([update], encoding(), 3)
+    first, again, other = (encode_update(update, pipeline, 0, np.random.default_rng(s))[0] for s in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from protocol import SHARED_INPUT, Cohort, Round, plain_sum
 
 from propolis.protos import secagg_pb2 as pb
-from propolis.secure.codec.fixed_point import LANES
+from propolis.secure.codec.lanes import LANES
 from propolis.secure.errors import StorageError, TooFewPeersError
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.device_state import DeviceState
@@ -80,7 +80,7 @@ def plain_lanes(played: Round) -> Vector:
 
 
 def assert_exact(played: Round, vector: Vector, lanes: Vector) -> None:
-    assert vector.dtype == played.terms.codec.ring.dtype
+    assert vector.dtype == played.terms.grid.ring.dtype
     assert vector.tolist() == played.expected().tolist()
     assert lanes.tolist() == plain_lanes(played).tolist()
 
@@ -204,7 +204,7 @@ def test_server_state_of_another_cohort_or_length_is_refused() -> None:
 def masked_zeros(cohort: Cohort, number: int = 1, attempt: int = 0, width: int = 32) -> dict[int, UploadReply]:
     """What the devices upload when every value is zero."""
     played, uploads = cohort.round(cohort.plan(number, attempt, width=width), 4096, 512), {}
-    ring = played.terms.codec.ring
+    ring = played.terms.grid.ring
     played.inputs = {index: ring.zeros(4096) for index in played.terms.cohort}
 
     def keep(step: str, index: int, data: bytes) -> bytes:

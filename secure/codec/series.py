@@ -1,0 +1,186 @@
+"""The versions of a run's model and who has which: the server's end, and a device's.
+
+A version is made by `publish`; `message_for` takes a device from the version that it has to the newest one, and
+`rebuild` does that on the device. Both ends then have the same bits, or the device says that it needs the whole.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from propolis.protos import update_pb2 as pb
+from propolis.secure.codec.broadcast import (
+    FIRST_STEP,
+    LARGEST_VALUES,
+    NOT_PRUNED,
+    Delta,
+    Values,
+    apply,
+    compress,
+    decompress,
+    step_towards,
+    values_digest,
+)
+from propolis.secure.errors import PeerError, Refusal
+from propolis.secure.wire import FORMAT_VERSION, between, decode, encode, many, serialized, sized, version_field
+
+SERIES_BYTES = 16
+_DIGEST_BYTES = 32
+_MOST_DELTAS = 2**20
+_LARGEST_BROADCAST = 2**31 - 1
+# A model of less than this many bytes is not worth counting.
+_SMALL = 4096
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Broadcast:
+    """What a device gets; see protos/update.proto."""
+
+    series: bytes = sized(SERIES_BYTES)
+    version: int = between(0, 2**31)
+    first: int = between(0, 2**31)
+    deltas: tuple[Delta, ...] = many(_MOST_DELTAS)
+    values: bytes = sized(0, LARGEST_VALUES)
+    digest: bytes = sized(_DIGEST_BYTES)
+    format: int = version_field()
+
+    def to_bytes(self) -> bytes:
+        """As it travels."""
+        return encode(self, pb.Broadcast)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Broadcast:
+        """From a peer's bytes; raises PeerError when they are none."""
+        return decode(cls, data, pb.Broadcast, _LARGEST_BROADCAST)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Version:
+    """A version that a device has."""
+
+    series: bytes
+    number: int
+    values: Values
+
+    def to_bytes(self) -> bytes:
+        """As a device keeps it."""
+        values = np.ascontiguousarray(self.values, "<f4").tobytes()
+        kept = pb.Remembered(format=FORMAT_VERSION, series=self.series, version=self.number, values=values)
+        return serialized(kept)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Version | None:
+        """What `to_bytes` wrote; None where it is damaged: the device then asks for the whole."""
+        try:
+            kept = pb.Remembered.FromString(data)
+            values = np.frombuffer(kept.values, "<f4").astype(np.float32)
+        except (DecodeError, ValueError):
+            return None
+        return cls(kept.series, kept.version, values) if kept.format == FORMAT_VERSION else None
+
+
+def rebuild(broadcast: Broadcast, had: Version | None, count: int) -> Version:
+    """The newest version on a device.
+
+    Args:
+        broadcast: what came.
+        had: the version that the device has kept; None when it has none.
+        count: d, number of values.
+
+    Raises:
+        PeerError: malformed; or, with `Refusal.BASE`, the device needs the whole model because it has no version
+            that this leads on from, or what it has is not what the server thinks.
+    """
+    last = broadcast.first + len(broadcast.deltas) - 1
+    if last != broadcast.version:
+        raise PeerError(Refusal.MALFORMED, f"{len(broadcast.deltas)} steps do not lead to version {broadcast.version}")
+    leads_on = (
+        had is not None
+        and had.series == broadcast.series
+        and broadcast.first - 1 <= had.number <= broadcast.version
+        and len(had.values) == count
+    )
+    if leads_on and had is not None:
+        values, skipped = had.values, had.number - broadcast.first + 1
+    elif broadcast.values:
+        whole = np.frombuffer(decompress(broadcast.values, 4 * count), "<f4").astype(np.float32)
+        values, skipped = whole, 0
+    else:
+        raise PeerError(Refusal.BASE, f"this device has no version that leads to version {broadcast.version}")
+    for delta in broadcast.deltas[skipped:]:
+        values = apply(values, delta)
+    if values_digest(values) != broadcast.digest:
+        raise PeerError(Refusal.BASE, f"version {broadcast.version} does not come out as the server says")
+    return Version(broadcast.series, broadcast.version, values)
+
+
+class ModelSeries:
+    """The server's end.
+
+    Args:
+        series: 16 random bytes that name it.
+        coarseness: of a step, see `step_towards`.
+        count: d, number of values.
+        start: values to go on from; None for a new model.
+    """
+
+    def __init__(self, series: bytes, coarseness: float, count: int, start: Values | None = None) -> None:
+        self._series, self._coarseness = series, coarseness
+        self._is_new = start is None
+        self.values = np.full(count, NOT_PRUNED) if start is None else start
+        self._base = self.values  # version `_first` - 1
+        self._first = 1
+        self._deltas: deque[Delta] = deque()
+
+    @property
+    def version(self) -> int:
+        """The newest one."""
+        return self._first + len(self._deltas) - 1
+
+    def publish(self, target: Values, pruned: NDArray[np.bool_] | None = None) -> Values:
+        """A step towards `target`; what the devices will then have.
+
+        Args:
+            target: (d,) finite.
+            pruned: (d,) where the target is zero for good; None for nowhere.
+        """
+        coarseness = min(FIRST_STEP, self._coarseness) if self._is_new else self._coarseness
+        self._is_new = False
+        delta, self.values = step_towards(self.values, target, pruned, coarseness)
+        self._deltas.append(delta)
+        while len(self._deltas) > 1 and _size(self._deltas) > self._whole_size:
+            self._base = apply(self._base, self._deltas.popleft())
+            self._first += 1
+        return self.values
+
+    def message_for(self, number: int | None) -> Broadcast:
+        """What takes a device from version `number` (None: nothing) to the newest one."""
+        digest = values_digest(self.values)
+        if number is not None and self._first - 1 <= number <= self.version:
+            steps = tuple(self._deltas)[number - self._first + 1 :]
+            return Broadcast(self._series, self.version, number + 1, steps, b"", digest)
+        base, steps = _packed(self._base), tuple(self._deltas)
+        if len(base) + _size(steps) < self._whole_size:
+            return Broadcast(self._series, self.version, self._first, steps, base, digest)
+        return Broadcast(self._series, self.version, self.version + 1, (), _packed(self.values), digest)
+
+    @property
+    def _whole_size(self) -> int:
+        """Bytes of all the values: the steps that are kept weigh no more, and no device is sent more."""
+        return max(_SMALL, self.values.nbytes)
+
+
+def _size(deltas: Iterable[Delta]) -> int:
+    return sum(len(delta.symbols) + len(delta.zeros) for delta in deltas)
+
+
+def _packed(values: Values) -> bytes:
+    """The values compressed where that is worth it: a trained model's are not."""
+    data = np.ascontiguousarray(values, "<f4").tobytes()
+    return compress(data) if len(values) and np.all(values == values[0]) else b"r" + data
