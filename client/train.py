@@ -39,6 +39,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     proximal_mu: float = 0.0
+    pruned: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -166,11 +167,12 @@ class LocalTrainer:
         self.model.train()
         optimizer = self._optimizer(config)
         start = [p.detach().clone() for p in self._parameters] if config.proximal_mu else []
+        pruned = [pruned_entries(p.detach()) for p in self._parameters] if config.pruned else []
         lr, losses, sizes = config.round_lr, [], []
         for positions in _batches(len(examples), config):
             inputs, labels = examples.batch(positions, self.device)
             loss = self.task.loss(self.model(inputs), labels)
-            gradients = self._gradients(loss, config, start)
+            gradients = self._gradients(loss, config, start, pruned)
             with torch.no_grad():
                 optimizer.step(gradients, lr)
             losses.append(loss.detach())
@@ -195,16 +197,23 @@ class LocalTrainer:
             return Adam(self._parameters, config.weight_decay)
         return Sgd(self._parameters, config.momentum, config.weight_decay)
 
-    def _gradients(self, loss: Tensor, config: TrainConfig, start: list[Tensor]) -> list[Tensor]:
+    def _gradients(self, loss: Tensor, config: TrainConfig, start: list[Tensor], pruned: list[Tensor]) -> list[Tensor]:
         gradients = list(torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True))
         if start:  # gradient of mu/2 |w - w_t|^2 (Li et al., FedProx, 2020, equation 2)
             pairs = zip(gradients, self._parameters, start, strict=True)
             gradients = [g + config.proximal_mu * (p.detach() - p0) for g, p, p0 in pairs]
+        if pruned:  # a zero without a gradient has no momentum, decay or proximal term either: it stays zero
+            gradients = [g.masked_fill(zeros, 0.0) for g, zeros in zip(gradients, pruned, strict=True)]
         if config.clip_norm:
             norm = nn.utils.get_total_norm(gradients)
             scale = torch.clamp(config.clip_norm / (norm + 1e-6), max=1.0)
             gradients = [g * scale for g in gradients]
         return gradients
+
+
+def pruned_entries(parameter: Tensor) -> Tensor:
+    """Which entries of a pruned model's parameter are pruned, in its shape: the zeros of two or more dimensions."""
+    return parameter == 0 if parameter.ndim > 1 else torch.zeros_like(parameter, dtype=torch.bool)
 
 
 def _batches(count: int, config: TrainConfig) -> Iterator[Tensor]:

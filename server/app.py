@@ -23,8 +23,9 @@ from propolis.server.exchange import MeteredGrid
 from propolis.server.grid import SecureGrid
 from propolis.server.model import GlobalModel
 from propolis.server.planner import Protection
+from propolis.server.prune import Pruning
 from propolis.server.round import Round, Trained
-from propolis.server.strategy import make_strategy, restore_strategy, strategy_state
+from propolis.server.strategy import go_on_from, make_strategy, restore_strategy, strategy_state
 from propolis.settings import Settings
 from propolis.task import Examples, Task
 
@@ -140,6 +141,7 @@ class FederatedRun:
         self.state = start or RunState(initial_model(settings, task), (), {})
         restore_strategy(self._strategy, self.state.strategy)
         self._evaluated = task.model().to(device)
+        self._pruning = Pruning.of(settings, self._evaluated)
 
     def run(self, grid: Grid, *observers: Observer) -> RunState:
         """Do the rounds that are left, tell the observers of each, and return the final state.
@@ -188,9 +190,12 @@ class FederatedRun:
         began = time.perf_counter()
         uplink, downlink = metered.uplink_bytes, metered.downlink_bytes
         trained, attempts, attempt_round = self._train(grid, number)
-        device_metrics = attempt_round.evaluate(trained.model) if self._settings.evaluate_fraction else {}
-        central = self.evaluate(trained.model)
+        model = self._pruned(number, trained.model)
+        device_metrics = attempt_round.evaluate(model) if self._settings.evaluate_fraction else {}
+        central = self.evaluate(model)
         metrics = {**trained.metrics, **central, **{f"device-{k}": v for k, v in device_metrics.items()}}
+        if self._pruning is not None:
+            metrics["sparsity"] = self._pruning.sparsity(model)
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON knows no NaN
         record = RoundRecord(
             round=number,
@@ -208,11 +213,18 @@ class FederatedRun:
         )
         history = (*self.state.history, record)
         return RunState(
-            trained.model,
+            model,
             history,
             strategy_state(self._strategy),
             grid.state() if isinstance(grid, SecureGrid) else {},
         )
+
+    def _pruned(self, number: int, model: GlobalModel) -> GlobalModel:
+        if self._pruning is None:
+            return model
+        model = self._pruning.apply(number, self.state.model, model)
+        go_on_from(self._strategy, model)
+        return model
 
     def _train(self, grid: Grid, number: int) -> tuple[Trained, int, Round]:
         """Train a round, trying again with another sample when too few devices survive."""
@@ -231,7 +243,7 @@ class FederatedRun:
                 node_ids=self._wait_for_devices(grid),
             )
             try:
-                return attempt_round.train(self.state.model, self._train_config()), attempt + 1, attempt_round
+                return attempt_round.train(self.state.model, self._train_config(number)), attempt + 1, attempt_round
             except TooFewPeersError as error:
                 self.retries.append(str(error))
         raise TooFewPeersError(f"{self.retries[-1]} (tried {self._settings.attempts} times)")
@@ -249,6 +261,8 @@ class FederatedRun:
             time.sleep(_NODE_POLL_S)
         return node_ids
 
-    def _train_config(self) -> ConfigRecord:
+    def _train_config(self, number: int) -> ConfigRecord:
         values = {key: getattr(self._settings, key) for key in _TRAINING_KEYS}
+        if self._pruning is not None:
+            values["pruned"] = self._pruning.has_begun(number)
         return ConfigRecord({k.replace("_", "-"): v for k, v in values.items() if v is not None})

@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import (
 )
 
 from propolis.secure.errors import UsageError
-from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY
+from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY, GlobalModel
 from propolis.settings import Settings
 
 _ADAPTIVE: dict[str, type[FedAdam | FedYogi | FedAdagrad]] = {
@@ -83,6 +83,12 @@ def restore_strategy(strategy: Strategy, state: Mapping[str, np.ndarray]) -> Non
         if not hasattr(strategy, attribute):
             raise UsageError(f"the checkpoint's {attribute} is unknown to {type(strategy).__name__}")
         setattr(strategy, attribute, _value(shape, entries))
+
+
+def go_on_from(strategy: Strategy, model: GlobalModel) -> None:
+    """Tell a strategy that its aggregate was changed: FedAvgM starts its next step from its own copy of the model."""
+    if isinstance(strategy, FedAvgM):
+        strategy.current_arrays = model.record(model.trainable)
 
 
 def _entries(value: object) -> tuple[str, dict[str, np.ndarray]]:

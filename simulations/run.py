@@ -98,7 +98,6 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
         protection_of(settings, largest).require_feasible(sampled, parameters)
     members = Members(federation.verified_roster, largest) if federation else None
     start = _starting_state(settings, options, task)
-    _prepare_folder(settings, options)
     cancelled = threading.Event()
     checkpoint = options.out / CHECKPOINT
     run = FederatedRun(
@@ -111,6 +110,7 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
         checkpoint=checkpoint,
         cancelled=cancelled,
     )
+    _prepare_folder(settings, options)
     try:
         with _report(settings, options, run.state.completed) as report:
             _run_backend(settings, federation, partial(_serve, settings, run, report), cancelled)

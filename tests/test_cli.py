@@ -61,6 +61,7 @@ def test_flags_win_over_the_file(propolis: Command, tmp_path: Path) -> None:
         (["--protection", "secagg", "--codec", "thin", "--density", "0"], "density"),
         (["--protection", "secagg", "--codec", "dense", "--clients", "200", "--bits", "3"], "3 bits is too small"),
         (["--protection", "secagg", "--codec", "float32", "--wraps", "0.5"], "wraps is for the codecs dense and thin"),
+        (["--prune", "0.5", "--prune-end", "31"], "prune_end: expected a round from prune_begin to rounds"),
         (["--partition", "evenly"], "expected iid, dirichlet:ALPHA, shards:CLASSES or natural"),
         (["--partition", "natural"], "name no users"),
         (["--clients", "5000"], "5000 clients cannot share 1438 examples"),

@@ -44,6 +44,10 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
         ("density", 1.5, "density"),
         ("broadcast_step", -1.0, "broadcast_step"),
         ("clients", 1, "min_clients is 2, but there are only 1 clients"),
+        ("prune", 1.0, "prune: expected less than 1"),
+        ("prune", -0.1, "prune: expected greater than or equal to 0"),
+        ("prune_begin", 0, "prune_begin: expected greater than or equal to 1"),
+        ("prune_end", 0, "prune_end: expected greater than or equal to 1"),
         ("seed", -1, "seed: "),
         ("rounds", True, "rounds: expected a valid integer"),
         ("rounds", "3", "rounds: expected a valid integer"),
@@ -55,6 +59,30 @@ def test_a_value_out_of_range_is_one_clear_line(key: str, value: object, message
         load_settings(overrides={key: value})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prune_begin": 31}, "prune_begin is 31, but there are only 30 rounds"),
+        ({"prune_end": 31}, "prune_end: expected a round from prune_begin to rounds, 1 to 30, got 31"),
+        ({"prune_begin": 9, "prune_end": 8}, "prune_end: expected a round from prune_begin to rounds, 9 to 30, got 8"),
+    ],
+)
+def test_pruning_ends_within_the_run(values: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        load_settings(overrides={"prune": 0.5, **values})
+    assert load_settings(overrides=values)  # without pruning they mean nothing
+
+
+def test_pruning_ends_half_way_and_keeps_to_that_when_rounds_are_added() -> None:
+    settings = Settings(prune=0.5)
+    assert settings.prune_end == 15
+    assert load_settings(base=settings, overrides={"rounds": 60}).prune_end == 15
+    assert Settings(prune=0.5, prune_begin=20).prune_end == 20
+    assert Settings(prune=0.5, rounds=1).prune_end == 1
+    assert Settings(prune=0.5, prune_end=30).prune_end == 30
+    assert Settings().prune_end is None
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:

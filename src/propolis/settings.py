@@ -62,6 +62,11 @@ class Settings(BaseModel):
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of SGD on the device.")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty on the device.")
     clip_norm: float | None = Field(None, gt=0, description="Largest L2 norm of a batch's gradient.")
+    prune: float = Field(0.0, ge=0, lt=1, description="Share of the weights that is zero in the end.")
+    prune_begin: int = Field(1, ge=1, le=_LARGEST, description="First round after which weights are pruned.")
+    prune_end: int | None = Field(
+        None, ge=1, le=_LARGEST, description="Round after which the full share is; half of the rounds by default."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
     evaluate_fraction: float = Field(
         0.0, ge=0, le=1, description="Share of the devices that also evaluate each new global model."
@@ -153,6 +158,20 @@ class Settings(BaseModel):
             raise ValueError(f"{what} is for updates inside a secure sum: set protection to secagg")
         if self.codec == "float32" and (rotating := [name for name in given if name in ("update_clip", "wraps")]):
             raise ValueError(f"{rotating[0]} is for the codecs dense and thin: float32 cuts off single values only")
+        return self
+
+    @model_validator(mode="after")
+    def _pruned_in_time(self) -> Self:
+        if not self.prune:
+            return self
+        if self.prune_begin > self.rounds:
+            raise ValueError(f"prune_begin is {self.prune_begin}, but there are only {self.rounds} rounds")
+        if self.prune_end is None:  # becomes a value of its own: a resumed run of more rounds keeps its schedule
+            object.__setattr__(self, "prune_end", max(self.rounds // 2, self.prune_begin))
+            self.model_fields_set.add("prune_end")
+        elif not self.prune_begin <= self.prune_end <= self.rounds:
+            expected = f"prune_begin to rounds, {self.prune_begin} to {self.rounds}"
+            raise ValueError(f"prune_end: expected a round from {expected}, got {self.prune_end}")
         return self
 
 

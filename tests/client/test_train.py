@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,54 @@ def test_clipping_bounds_the_step() -> None:
     assert moved <= 0.0101
 
 
+OPTIMIZERS = [
+    TrainConfig(lr=0.05, momentum=0.9, weight_decay=0.01),
+    TrainConfig(lr=0.05, proximal_mu=1.0, clip_norm=1.0),
+    TrainConfig(lr=0.05, optimizer="adam", weight_decay=0.01),
+]
+
+
+def trained_from_zeros(config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The zeros of a model with every third weight zero and biases of zero, and what training made of it."""
+    torch.manual_seed(0)
+    trainer = LocalTrainer(Blobs(), CPU)
+    start = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for name in ("0.weight", "3.weight"):
+        start[name].view(-1)[::3] = 0
+    start["3.bias"].zero_()
+    trainer.load(start)
+    trainer.train(trainer.task.data().train, config, seed=0)
+    return {name: tensor == 0 for name, tensor in start.items()}, trainer.updated()
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS)
+def test_pruned_weights_stay_zero_under_every_optimizer_and_nothing_else_does(config: TrainConfig) -> None:
+    zeros, updated = trained_from_zeros(replace(config, pruned=True, epochs=3))
+    for name in ("0.weight", "3.weight"):
+        assert torch.equal(updated[name] == 0, zeros[name])
+    for name in ("1.bias", "3.bias"):
+        assert updated[name].all()
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS)
+def test_zeros_are_trained_where_nothing_is_pruned(config: TrainConfig) -> None:
+    _, updated = trained_from_zeros(config)
+    assert updated["0.weight"].all()
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS)
+def test_a_model_without_zeros_trains_alike_pruned_or_not(config: TrainConfig) -> None:
+    assert same(trained(config), trained(replace(config, pruned=True)))
+
+
+def test_clipping_looks_at_the_weights_that_train_alone() -> None:
+    start = trained_from_zeros(TrainConfig(steps=1, lr=1e-12, pruned=True))[1]
+    end = trained_from_zeros(TrainConfig(steps=1, lr=1.0, clip_norm=0.01, pruned=True))[1]
+    names = ("0.weight", "1.weight", "1.bias", "3.weight", "3.bias")
+    moved = math.sqrt(sum(float((end[name] - start[name]).square().sum()) for name in names))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
 def test_schedules() -> None:
     def rates(schedule: str) -> list[float]:
         return [
@@ -122,9 +171,18 @@ def test_an_epoch_visits_every_example_once_in_a_new_order() -> None:
 
 
 def test_the_configuration_is_read_from_a_record_and_checked() -> None:
-    config = TrainConfig.from_record({"batch-size": 8, "lr": 1, "server-round": 3, "somebody-elses": "key"})
-    assert (config.batch_size, config.lr, config.server_round) == (8, 1.0, 3)
-    for record in ({"lr": "fast"}, {"epochs": 0}, {"optimizer": "lion"}, {"lr-schedule": "wild"}, {"lr": -1.0}):
+    config = TrainConfig.from_record(
+        {"batch-size": 8, "lr": 1, "server-round": 3, "pruned": True, "somebody-elses": "key"}
+    )
+    assert (config.batch_size, config.lr, config.server_round, config.pruned) == (8, 1.0, 3, True)
+    for record in (
+        {"lr": "fast"},
+        {"epochs": 0},
+        {"optimizer": "lion"},
+        {"lr-schedule": "wild"},
+        {"lr": -1.0},
+        {"pruned": 1},
+    ):
         with pytest.raises(UsageError):
             TrainConfig.from_record(record)
 
