@@ -66,15 +66,9 @@ class Roster(_message.Message):
     def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., number: _Optional[int] = ..., not_after: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[Roster.Entry, _Mapping]]] = ...) -> None: ...
 
 class Prekey(_message.Message):
-    __slots__ = ("version", "federation", "index", "number", "public_key")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    FEDERATION_FIELD_NUMBER: _ClassVar[int]
-    INDEX_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("number", "public_key")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    federation: bytes
-    index: int
     number: int
     public_key: bytes
-    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., index: _Optional[int] = ..., number: _Optional[int] = ..., public_key: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., public_key: _Optional[bytes] = ...) -> None: ...

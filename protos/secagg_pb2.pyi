@@ -98,99 +98,77 @@ class Encoding(_message.Message):
     def __init__(self, width: _Optional[int] = ..., step: _Optional[float] = ..., levels: _Optional[int] = ..., clip: _Optional[float] = ..., rotated: bool = ..., density: _Optional[float] = ..., keep: _Optional[int] = ..., pruned: bool = ..., seed: _Optional[bytes] = ..., max_weight: _Optional[float] = ..., weight_key: _Optional[str] = ..., quantized: _Optional[_Iterable[str]] = ..., exact: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("plan", "prekey_number", "neighbours")
-    class Neighbour(_message.Message):
-        __slots__ = ("descriptor", "prekey")
-        DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
-        PREKEY_FIELD_NUMBER: _ClassVar[int]
-        descriptor: _identity_pb2.Signed
-        prekey: _identity_pb2.Signed
-        def __init__(self, descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., prekey: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ...) -> None: ...
+    __slots__ = ("plan", "prekey_number", "prekeys", "descriptors")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PREKEY_NUMBER_FIELD_NUMBER: _ClassVar[int]
-    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    PREKEYS_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
     plan: bytes
     prekey_number: int
-    neighbours: _containers.RepeatedCompositeFieldContainer[PrepareRequest.Neighbour]
-    def __init__(self, plan: _Optional[bytes] = ..., prekey_number: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[PrepareRequest.Neighbour, _Mapping]]] = ...) -> None: ...
+    prekeys: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Signed]
+    descriptors: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Signed]
+    def __init__(self, plan: _Optional[bytes] = ..., prekey_number: _Optional[int] = ..., prekeys: _Optional[_Iterable[_Union[_identity_pb2.Signed, _Mapping]]] = ..., descriptors: _Optional[_Iterable[_Union[_identity_pb2.Signed, _Mapping]]] = ...) -> None: ...
 
 class PrepareReply(_message.Message):
-    __slots__ = ("head", "deliveries", "next_prekey")
+    __slots__ = ("head", "deliveries", "next_prekey", "seed_commitment")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     DELIVERIES_FIELD_NUMBER: _ClassVar[int]
     NEXT_PREKEY_FIELD_NUMBER: _ClassVar[int]
+    SEED_COMMITMENT_FIELD_NUMBER: _ClassVar[int]
     head: _identity_pb2.Signed
     deliveries: bytes
     next_prekey: _identity_pb2.Signed
-    def __init__(self, head: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., deliveries: _Optional[bytes] = ..., next_prekey: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ...) -> None: ...
+    seed_commitment: bytes
+    def __init__(self, head: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., deliveries: _Optional[bytes] = ..., next_prekey: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., seed_commitment: _Optional[bytes] = ...) -> None: ...
 
 class Head(_message.Message):
-    __slots__ = ("version", "plan_digest", "index", "mask_key", "seed_commitment", "deliveries_root", "roster_number", "next_prekey")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    INDEX_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("mask_key", "root")
     MASK_KEY_FIELD_NUMBER: _ClassVar[int]
-    SEED_COMMITMENT_FIELD_NUMBER: _ClassVar[int]
-    DELIVERIES_ROOT_FIELD_NUMBER: _ClassVar[int]
-    ROSTER_NUMBER_FIELD_NUMBER: _ClassVar[int]
-    NEXT_PREKEY_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    plan_digest: bytes
-    index: int
+    ROOT_FIELD_NUMBER: _ClassVar[int]
     mask_key: bytes
-    seed_commitment: bytes
-    deliveries_root: bytes
-    roster_number: int
-    next_prekey: bytes
-    def __init__(self, version: _Optional[int] = ..., plan_digest: _Optional[bytes] = ..., index: _Optional[int] = ..., mask_key: _Optional[bytes] = ..., seed_commitment: _Optional[bytes] = ..., deliveries_root: _Optional[bytes] = ..., roster_number: _Optional[int] = ..., next_prekey: _Optional[bytes] = ...) -> None: ...
+    root: bytes
+    def __init__(self, mask_key: _Optional[bytes] = ..., root: _Optional[bytes] = ...) -> None: ...
 
 class UploadRequest(_message.Message):
-    __slots__ = ("plan_digest", "heads")
-    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("round_tag", "silent", "heads")
+    ROUND_TAG_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
-    plan_digest: bytes
+    round_tag: bytes
+    silent: bytes
     heads: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Signed]
-    def __init__(self, plan_digest: _Optional[bytes] = ..., heads: _Optional[_Iterable[_Union[_identity_pb2.Signed, _Mapping]]] = ...) -> None: ...
+    def __init__(self, round_tag: _Optional[bytes] = ..., silent: _Optional[bytes] = ..., heads: _Optional[_Iterable[_Union[_identity_pb2.Signed, _Mapping]]] = ...) -> None: ...
 
 class UploadReply(_message.Message):
-    __slots__ = ("plan_digest", "vector", "lanes", "metrics")
-    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("round_tag", "vector", "lanes", "metrics")
+    ROUND_TAG_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
-    plan_digest: bytes
+    round_tag: bytes
     vector: bytes
     lanes: bytes
     metrics: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, plan_digest: _Optional[bytes] = ..., vector: _Optional[bytes] = ..., lanes: _Optional[bytes] = ..., metrics: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, round_tag: _Optional[bytes] = ..., vector: _Optional[bytes] = ..., lanes: _Optional[bytes] = ..., metrics: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ConfirmRequest(_message.Message):
-    __slots__ = ("plan_digest", "alive")
-    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("round_tag", "alive")
+    ROUND_TAG_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
-    plan_digest: bytes
+    round_tag: bytes
     alive: bytes
-    def __init__(self, plan_digest: _Optional[bytes] = ..., alive: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, round_tag: _Optional[bytes] = ..., alive: _Optional[bytes] = ...) -> None: ...
 
 class ConfirmReply(_message.Message):
-    __slots__ = ("plan_digest", "signature")
-    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("round_tag", "signature")
+    ROUND_TAG_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
-    plan_digest: bytes
+    round_tag: bytes
     signature: bytes
-    def __init__(self, plan_digest: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, round_tag: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class UnmaskRequest(_message.Message):
-    __slots__ = ("plan_digest", "alive", "dropped", "deliveries", "confirmations")
-    class Delivery(_message.Message):
-        __slots__ = ("dealer", "record", "path")
-        DEALER_FIELD_NUMBER: _ClassVar[int]
-        RECORD_FIELD_NUMBER: _ClassVar[int]
-        PATH_FIELD_NUMBER: _ClassVar[int]
-        dealer: int
-        record: bytes
-        path: bytes
-        def __init__(self, dealer: _Optional[int] = ..., record: _Optional[bytes] = ..., path: _Optional[bytes] = ...) -> None: ...
+    __slots__ = ("round_tag", "dropped", "deliveries", "confirmations")
     class Confirmation(_message.Message):
         __slots__ = ("index", "signature")
         INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -198,35 +176,28 @@ class UnmaskRequest(_message.Message):
         index: int
         signature: bytes
         def __init__(self, index: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
-    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TAG_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     DELIVERIES_FIELD_NUMBER: _ClassVar[int]
     CONFIRMATIONS_FIELD_NUMBER: _ClassVar[int]
-    plan_digest: bytes
-    alive: _containers.RepeatedScalarFieldContainer[int]
-    dropped: _containers.RepeatedScalarFieldContainer[int]
-    deliveries: _containers.RepeatedCompositeFieldContainer[UnmaskRequest.Delivery]
+    round_tag: bytes
+    dropped: bytes
+    deliveries: bytes
     confirmations: _containers.RepeatedCompositeFieldContainer[UnmaskRequest.Confirmation]
-    def __init__(self, plan_digest: _Optional[bytes] = ..., alive: _Optional[_Iterable[int]] = ..., dropped: _Optional[_Iterable[int]] = ..., deliveries: _Optional[_Iterable[_Union[UnmaskRequest.Delivery, _Mapping]]] = ..., confirmations: _Optional[_Iterable[_Union[UnmaskRequest.Confirmation, _Mapping]]] = ...) -> None: ...
+    def __init__(self, round_tag: _Optional[bytes] = ..., dropped: _Optional[bytes] = ..., deliveries: _Optional[bytes] = ..., confirmations: _Optional[_Iterable[_Union[UnmaskRequest.Confirmation, _Mapping]]] = ...) -> None: ...
 
 class UnmaskReply(_message.Message):
-    __slots__ = ("plan_digest", "shares")
-    class Share(_message.Message):
-        __slots__ = ("dealer", "value")
-        DEALER_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        dealer: int
-        value: bytes
-        def __init__(self, dealer: _Optional[int] = ..., value: _Optional[bytes] = ...) -> None: ...
-    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("round_tag", "shares", "unopened")
+    ROUND_TAG_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
-    plan_digest: bytes
-    shares: _containers.RepeatedCompositeFieldContainer[UnmaskReply.Share]
-    def __init__(self, plan_digest: _Optional[bytes] = ..., shares: _Optional[_Iterable[_Union[UnmaskReply.Share, _Mapping]]] = ...) -> None: ...
+    UNOPENED_FIELD_NUMBER: _ClassVar[int]
+    round_tag: bytes
+    shares: bytes
+    unopened: bytes
+    def __init__(self, round_tag: _Optional[bytes] = ..., shares: _Optional[bytes] = ..., unopened: _Optional[bytes] = ...) -> None: ...
 
 class ClientState(_message.Message):
-    __slots__ = ("version", "plan", "index", "descriptor_digest", "phase", "mask_private", "seed", "prekey_private", "prekey_number", "roster_number", "neighbours", "alive")
+    __slots__ = ("version", "plan", "index", "descriptor_digest", "phase", "mask_secret", "seed", "prekey_private", "prekey_number", "neighbours", "alive")
     class Neighbour(_message.Message):
         __slots__ = ("index", "descriptor_digest", "signing_key", "head")
         INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -243,11 +214,10 @@ class ClientState(_message.Message):
     INDEX_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
-    MASK_PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    MASK_SECRET_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PREKEY_PRIVATE_FIELD_NUMBER: _ClassVar[int]
     PREKEY_NUMBER_FIELD_NUMBER: _ClassVar[int]
-    ROSTER_NUMBER_FIELD_NUMBER: _ClassVar[int]
     NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     version: int
@@ -255,19 +225,25 @@ class ClientState(_message.Message):
     index: int
     descriptor_digest: bytes
     phase: int
-    mask_private: bytes
+    mask_secret: bytes
     seed: bytes
     prekey_private: bytes
     prekey_number: int
-    roster_number: int
     neighbours: _containers.RepeatedCompositeFieldContainer[ClientState.Neighbour]
     alive: bytes
-    def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., index: _Optional[int] = ..., descriptor_digest: _Optional[bytes] = ..., phase: _Optional[int] = ..., mask_private: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., prekey_private: _Optional[bytes] = ..., prekey_number: _Optional[int] = ..., roster_number: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[ClientState.Neighbour, _Mapping]]] = ..., alive: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., index: _Optional[int] = ..., descriptor_digest: _Optional[bytes] = ..., phase: _Optional[int] = ..., mask_secret: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., prekey_private: _Optional[bytes] = ..., prekey_number: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[ClientState.Neighbour, _Mapping]]] = ..., alive: _Optional[bytes] = ...) -> None: ...
 
 class ServerState(_message.Message):
     __slots__ = ("version", "plan", "uploading", "dimension", "fixed_lanes", "members", "vector", "lanes", "metrics")
+    class Share(_message.Message):
+        __slots__ = ("dealer", "value")
+        DEALER_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        dealer: int
+        value: bytes
+        def __init__(self, dealer: _Optional[int] = ..., value: _Optional[bytes] = ...) -> None: ...
     class Member(_message.Message):
-        __slots__ = ("descriptor", "prekey", "head", "deliveries", "upload_request", "uploaded", "confirmation", "shares", "index")
+        __slots__ = ("descriptor", "prekey", "head", "deliveries", "upload_request", "uploaded", "confirmation", "shares", "index", "server_record")
         DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
         PREKEY_FIELD_NUMBER: _ClassVar[int]
         HEAD_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +253,7 @@ class ServerState(_message.Message):
         CONFIRMATION_FIELD_NUMBER: _ClassVar[int]
         SHARES_FIELD_NUMBER: _ClassVar[int]
         INDEX_FIELD_NUMBER: _ClassVar[int]
+        SERVER_RECORD_FIELD_NUMBER: _ClassVar[int]
         descriptor: _identity_pb2.Signed
         prekey: _identity_pb2.Signed
         head: _identity_pb2.Signed
@@ -284,9 +261,10 @@ class ServerState(_message.Message):
         upload_request: bytes
         uploaded: bool
         confirmation: bytes
-        shares: _containers.RepeatedCompositeFieldContainer[UnmaskReply.Share]
+        shares: _containers.RepeatedCompositeFieldContainer[ServerState.Share]
         index: int
-        def __init__(self, descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., prekey: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., head: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., deliveries: _Optional[bytes] = ..., upload_request: _Optional[bytes] = ..., uploaded: bool = ..., confirmation: _Optional[bytes] = ..., shares: _Optional[_Iterable[_Union[UnmaskReply.Share, _Mapping]]] = ..., index: _Optional[int] = ...) -> None: ...
+        server_record: bytes
+        def __init__(self, descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., prekey: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., head: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., deliveries: _Optional[bytes] = ..., upload_request: _Optional[bytes] = ..., uploaded: bool = ..., confirmation: _Optional[bytes] = ..., shares: _Optional[_Iterable[_Union[ServerState.Share, _Mapping]]] = ..., index: _Optional[int] = ..., server_record: _Optional[bytes] = ...) -> None: ...
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     UPLOADING_FIELD_NUMBER: _ClassVar[int]
@@ -319,14 +297,18 @@ class DeviceState(_message.Message):
         attempt: int
         def __init__(self, run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
     class Peer(_message.Message):
-        __slots__ = ("index", "descriptor_digest", "next_prekey")
+        __slots__ = ("index", "descriptor_digest", "next_prekey", "signing_key", "invitation_key")
         INDEX_FIELD_NUMBER: _ClassVar[int]
         DESCRIPTOR_DIGEST_FIELD_NUMBER: _ClassVar[int]
         NEXT_PREKEY_FIELD_NUMBER: _ClassVar[int]
+        SIGNING_KEY_FIELD_NUMBER: _ClassVar[int]
+        INVITATION_KEY_FIELD_NUMBER: _ClassVar[int]
         index: int
         descriptor_digest: bytes
         next_prekey: int
-        def __init__(self, index: _Optional[int] = ..., descriptor_digest: _Optional[bytes] = ..., next_prekey: _Optional[int] = ...) -> None: ...
+        signing_key: bytes
+        invitation_key: bytes
+        def __init__(self, index: _Optional[int] = ..., descriptor_digest: _Optional[bytes] = ..., next_prekey: _Optional[int] = ..., signing_key: _Optional[bytes] = ..., invitation_key: _Optional[bytes] = ...) -> None: ...
     class Reveal(_message.Message):
         __slots__ = ("model", "count")
         MODEL_FIELD_NUMBER: _ClassVar[int]

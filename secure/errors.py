@@ -59,7 +59,8 @@ class Refusal(IntEnum):
     REVEALS = 16  # sums over this model have been revealed as often as this device allows
     TRAINING_FAILED = 17  # the application raised
     STORAGE = 18  # this device's state could not be read or written
-    BASE = 19  # the model cannot be rebuilt from what this device has: it needs the whole
+    UNKNOWN_PEER = 19  # a neighbour that this device has no descriptor of: the server must send it once more
+    BASE = 20  # the model cannot be rebuilt from what this device has: it needs the whole
 
     @property
     def reason(self) -> str:

@@ -2,8 +2,8 @@
 
 The root signs invitations and the roster of them. A device makes its own keys and signs its descriptor with the
 key of its invitation. So root -> roster -> invitation -> descriptor -> prekey, and nobody but the root can add a
-member, nobody but the device can choose its keys. Every signature is Ed25519 (RFC 8032) over a label and the exact
-bytes that travel.
+member, nobody but the device can choose its keys. Every signature is Ed25519 (RFC 8032) over a label, a context that
+both ends know and that does not travel, and the exact bytes that travel.
 """
 
 from __future__ import annotations
@@ -65,13 +65,10 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Prekey:
-    """A key that the shares of one round are sealed to, signed by the device."""
+    """A key that the shares of one round are sealed to, signed in the context of federation and index."""
 
-    federation: bytes = sized(DIGEST_BYTES)
-    index: int = between(0, LARGEST_INDEX)
     number: int = between(0, 2**62)
     public_key: bytes = sized(KEY_BYTES)
-    version: int = version_field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,33 +103,35 @@ class Roster:
         return replace(self, number=self.number + 1, entries=entries)
 
 
-def sign(label: bytes, private_key: bytes, message: object, proto: type[Message]) -> Signed:
-    """Encode and sign a message."""
+def sign(label: bytes, private_key: bytes, message: object, proto: type[Message], *context: bytes) -> Signed:
+    """Encode and sign a message; `context` is signed too, but does not travel."""
     payload = encode(message, proto)
     key = Ed25519PrivateKey.from_private_bytes(private_key)
-    return Signed(payload, key.sign(labels.joined(label, payload)))
+    return Signed(payload, key.sign(labels.joined(label, *context, payload)))
 
 
-def verify(label: bytes, public_key: bytes, signed: Signed, cls: type[T], proto: Any, refusal: Refusal) -> T:
+def verify(
+    label: bytes, public_key: bytes, signed: Signed, cls: type[T], proto: Any, refusal: Refusal, *context: bytes
+) -> T:
     """The short message under a signature.
 
     Raises:
-        TrustError: with `refusal`, when the signature is not this key's under this label.
+        TrustError: with `refusal`, when the signature is not this key's under this label and context.
         PeerError: the signed bytes are not such a message, or longer than any.
     """
     if len(signed.payload) > _LARGEST_STATEMENT:
         raise PeerError(Refusal.MALFORMED, f"a {cls.__name__.lower()} of {len(signed.payload)} bytes")
     try:
-        _verify_signature(label, public_key, signed.payload, signed.signature)
+        _verify_signature(public_key, labels.joined(label, *context, signed.payload), signed.signature)
     except (InvalidSignature, ValueError):
         raise TrustError(refusal, f"the signature on a {cls.__name__.lower()} does not hold") from None
     return decode_exactly(cls, signed.payload, proto)
 
 
 @lru_cache(maxsize=8192)
-def _verify_signature(label: bytes, public_key: bytes, payload: bytes, signature: bytes) -> None:
-    """Raise when a signature does not hold; success is remembered, because a descriptor comes in every round."""
-    Ed25519PublicKey.from_public_bytes(public_key).verify(signature, labels.joined(label, payload))
+def _verify_signature(public_key: bytes, signed: bytes, signature: bytes) -> None:
+    """Raise when a signature does not hold; success is remembered, because many devices may share a process."""
+    Ed25519PublicKey.from_public_bytes(public_key).verify(signature, signed)
 
 
 def forget_signatures() -> None:
@@ -216,16 +215,20 @@ def describe(invitation: Invitation, invitation_key: SigningKey, signing_key: by
 
 def announce_prekey(signing_key: SigningKey, descriptor: Descriptor, number: int, public_key: bytes) -> Signed:
     """A prekey that other devices may seal to, once."""
-    prekey = Prekey(descriptor.federation, descriptor.index, number, public_key)
-    return sign(labels.PREKEY, signing_key.private, prekey, pb.Prekey)
+    context = prekey_context(descriptor.federation, descriptor.index)
+    return sign(labels.PREKEY, signing_key.private, Prekey(number, public_key), pb.Prekey, *context)
 
 
-def verify_prekey(signed: Signed, descriptor: Descriptor) -> Prekey:
-    """A prekey of this device; raises TrustError otherwise."""
-    prekey = verify(labels.PREKEY, descriptor.signing_key, signed, Prekey, pb.Prekey, Refusal.KEYS)
-    if (prekey.federation, prekey.index) != (descriptor.federation, descriptor.index):
-        raise TrustError(Refusal.KEYS, f"the prekey of device {descriptor.index} names another device")
-    require_contributory(prekey.public_key, descriptor.index)
+def prekey_context(federation: bytes, index: int) -> tuple[bytes, bytes]:
+    """What is signed with a prekey and does not travel: whose it is."""
+    return federation, index.to_bytes(8, "big")
+
+
+def verify_prekey(signed: Signed, federation: bytes, index: int, signing_key: bytes) -> Prekey:
+    """A prekey of this device of this federation; raises TrustError otherwise."""
+    context = prekey_context(federation, index)
+    prekey = verify(labels.PREKEY, signing_key, signed, Prekey, pb.Prekey, Refusal.KEYS, *context)
+    require_contributory(prekey.public_key, index)
     return prekey
 
 

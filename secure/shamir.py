@@ -1,4 +1,4 @@
-"""Shamir's secret sharing (Communications of the ACM 22(11), 1979) of 32-byte secrets over a prime field."""
+"""Shamir's secret sharing (Communications of the ACM 22(11), 1979) of 16-byte secrets over a prime field."""
 
 from __future__ import annotations
 
@@ -8,34 +8,40 @@ from math import prod
 
 from propolis.secure.errors import PeerError, Refusal, UsageError
 
-# The smallest prime above 2^256, so that every 32-byte secret is an element of the field.
-PRIME = 2**256 + 297
-SECRET_BYTES = 32
-SHARE_BYTES = 33
+# The largest prime below 2^128: an element takes 16 bytes. A prime above would take every string of 16 bytes for a
+# secret, and 17 bytes for each share; instead, secrets are drawn from the field (`draw_secret`).
+PRIME = 2**128 - 159
+SECRET_BYTES = SHARE_BYTES = 16
 
-# Coefficients are reduced from this many random bytes: their bias is below 2^-255.
-_COEFFICIENT_BYTES = 64
+# Elements are reduced from this many random bytes: their bias is below 2^-127.
+_DRAWN_BYTES = 32
 
 RandomBytes = Callable[[int], bytes]
+
+
+def draw_secret(random_bytes: RandomBytes) -> bytes:
+    """A secret that can be shared: 16 bytes, a uniform element of the field."""
+    return _draw(random_bytes).to_bytes(SECRET_BYTES, "big")
 
 
 def split(secret: bytes, threshold: int, xs: Sequence[int], random_bytes: RandomBytes) -> list[bytes]:
     """Shares of a secret, one for each of `xs`.
 
     Args:
-        secret: 32 bytes.
+        secret: 16 bytes, an element of the field: from `draw_secret`.
         threshold: t; any t shares give the secret, t - 1 say nothing of it.
         xs: the holders' points, distinct and not zero.
         random_bytes: the source of randomness, such as `os.urandom`.
 
     Returns:
-        f(x) for each x, 33 bytes each, where f is random of degree t - 1 and f(0) is the secret.
+        f(x) for each x, 16 bytes each, where f is random of degree t - 1 and f(0) is the secret.
     """
     if len(secret) != SECRET_BYTES or not 1 <= threshold <= len(xs):
-        raise UsageError(f"need 32 bytes and 1 <= threshold <= {len(xs)}, got {len(secret)} and {threshold}")
+        raise UsageError(f"need 16 bytes and 1 <= threshold <= {len(xs)}, got {len(secret)} and {threshold}")
+    if int.from_bytes(secret, "big") >= PRIME:
+        raise UsageError("the secret is no element of the field: draw it with draw_secret")
     _require_points(xs)
-    drawn = [int.from_bytes(random_bytes(_COEFFICIENT_BYTES), "big") % PRIME for _ in range(threshold - 1)]
-    coefficients = [*drawn, int.from_bytes(secret, "big")]
+    coefficients = [*(_draw(random_bytes) for _ in range(threshold - 1)), int.from_bytes(secret, "big")]
     return [_evaluate(coefficients, x).to_bytes(SHARE_BYTES, "big") for x in xs]
 
 
@@ -46,7 +52,8 @@ def combine(shares: Sequence[tuple[int, bytes]]) -> bytes:
         shares: pairs of a holder's point and its share.
 
     Raises:
-        PeerError: a share is malformed, two have one point, or together they are no secret's shares.
+        PeerError: a share is malformed, or two have one point. Shares that do not belong together give some other
+            secret: whoever combines them has something to compare it with.
     """
     for x, share in shares:
         if len(share) != SHARE_BYTES or int.from_bytes(share, "big") >= PRIME:
@@ -55,9 +62,11 @@ def combine(shares: Sequence[tuple[int, bytes]]) -> bytes:
     _require_points(xs)
     ys = (int.from_bytes(share, "big") for _, share in shares)
     secret = sum(weight * y for weight, y in zip(_weights_at_zero(xs), ys, strict=True)) % PRIME
-    if secret.bit_length() > 8 * SECRET_BYTES:
-        raise PeerError(Refusal.SHARES, "the shares do not belong together")
     return secret.to_bytes(SECRET_BYTES, "big")
+
+
+def _draw(random_bytes: RandomBytes) -> int:
+    return int.from_bytes(random_bytes(_DRAWN_BYTES), "big") % PRIME
 
 
 def _evaluate(coefficients: Sequence[int], x: int) -> int:

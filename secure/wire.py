@@ -18,6 +18,8 @@ from propolis.secure.errors import PeerError, Refusal
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
+# Of what the roles keep between exchanges. 1 was before descriptors were remembered and secrets had 16 bytes.
+STATE_VERSION = 2
 LARGEST_MESSAGE = 64 * 2**20
 _LARGEST_INT = 2**63 - 1
 

@@ -40,7 +40,7 @@ class Channel:
 
     Attributes:
         failures: by node id, what a device said or did wrong; those that were lost said nothing.
-        refusals: by node id, the code of the last refusal of those that sent one.
+        refusals: by node id, the code of what a device refused.
     """
 
     def __init__(self, grid: Grid, message_type: str, group_id: str, cancelled: threading.Event | None = None) -> None:
@@ -53,6 +53,11 @@ class Channel:
         """What the devices that failed said last, for a person."""
         reasons = list(self.failures.values())
         return f"; one said: {reasons[-1]}" if reasons else "; the others were lost or did not answer in time"
+
+    def forgive(self, node_id: int) -> None:
+        """Forget what a device said: it is asked again."""
+        self.failures.pop(node_id, None)
+        self.refusals.pop(node_id, None)
 
     def ask(
         self,
@@ -90,8 +95,7 @@ class Channel:
         if is_made_up(reply):
             return None
         if reply.has_error():
-            refusal = refusal_of(reply.error.code)
-            if refusal is not None:
+            if refusal := refusal_of(reply.error.code):
                 self.refusals[node_id] = refusal
             said = refusal.reason if refusal else f"error {reply.error.code}: is secure_mod in its ClientApp?"
             self.failures[node_id] = f"{asked.label}: {said}"

@@ -25,6 +25,7 @@ class Directory:
         self._descriptors: dict[int, bytes] = {}
         self._numbers: dict[int, int] = {}
         self._banned: set[int] = set()
+        self._told_of: dict[int, int] = {}  # by device, a bit for each other one: a thousand devices are a megabit
 
     def strangers(self, node_ids: Iterable[int]) -> list[int]:
         """The nodes that must say hello before they can take part in a round."""
@@ -62,6 +63,19 @@ class Directory:
         """A node's keys, to give to its neighbours: until it announces another prekey it must say hello again."""
         return self._keys.pop(node_id)
 
+    def told_of(self, index: int, others: Iterable[int]) -> frozenset[int]:
+        """Those of the others whose descriptors a device has accepted in this run, and remembers."""
+        known = self._told_of.get(index, 0)
+        return frozenset(other for other in others if known >> other & 1)
+
+    def note_told(self, index: int, others: Iterable[int]) -> None:
+        """Note that a device has accepted the descriptors of these others."""
+        self._told_of[index] = self._told_of.get(index, 0) | sum(1 << other for other in others)
+
+    def forget_told(self, index: int) -> None:
+        """Note that a device has lost what it was told: the next request has everything."""
+        self._told_of.pop(index, None)
+
     def ban(self, index: int) -> None:
         """Leave out a device that was seen to cheat, for the rest of the run."""
         self._banned.add(index)
@@ -70,7 +84,7 @@ class Directory:
 
     def _take(self, node_id: int, keys: NeighbourKeys) -> None:
         descriptor = self._roster.descriptor(keys.descriptor)
-        number = verify_prekey(keys.prekey, descriptor).number
+        number = verify_prekey(keys.prekey, descriptor.federation, descriptor.index, descriptor.signing_key).number
         if number <= self._numbers.get(descriptor.index, -1):
             raise TrustError(Refusal.KEYS, f"device {descriptor.index} announced an old prekey")
         self._numbers[descriptor.index] = number

@@ -77,18 +77,30 @@ class SecureRound:
         self._min_clients = min_clients
 
     def prepare(self, timeout: float) -> None:
-        """Gather mask keys and sealed shares."""
+        """Gather mask keys and sealed shares; whoever has forgotten its peers is told of them and asked once more."""
+        self._ask_to_prepare(self._server.terms.cohort, timeout)
+        forgetful = [i for i, node in self._nodes.items() if self._channel.refusals.get(node) is Refusal.UNKNOWN_PEER]
+        for index in forgetful:
+            self._directory.forget_told(index)
+            self._channel.forgive(self._nodes[index])
+        if forgetful:
+            self._ask_to_prepare(forgetful, timeout)
+        self._require(len(self._server.ready), "prepared")
+
+    def _ask_to_prepare(self, indices: Iterable[int], timeout: float) -> None:
+        server, directory = self._server, self._directory
+
+        def request(index: int) -> bytes:
+            told_of = directory.told_of(index, server.terms.neighbours(index))
+            return to_bytes(server.prepare_request(index, told_of))
 
         def take(index: int, body: bytes) -> None:
             reply = from_bytes(PrepareReply, body)
-            self._directory.take_next(self._nodes[index], self._server.keys_of(index), reply.next_prekey)
-            self._server.receive_prepare(index, reply)
+            directory.note_told(index, server.terms.neighbours(index))
+            directory.take_next(self._nodes[index], server.keys_of(index), reply.next_prekey)
+            server.receive_prepare(index, reply)
 
-        server = self._server
-        self._exchange(
-            Exchange.PREPARE, server.terms.cohort, lambda i: to_bytes(server.prepare_request(i)), take, timeout
-        )
-        self._require(len(server.ready), "prepared")
+        self._exchange(Exchange.PREPARE, indices, request, take, timeout)
 
     def upload(self, source: ModelSource, timeout: float) -> None:
         """Have the devices train on what `source` has for them, and fold what they send.
@@ -102,7 +114,7 @@ class SecureRound:
             _log.warning("secure round: %d devices could not rebuild the model: they are sent the whole", len(stranded))
             for index in stranded:
                 source.forget(index)
-                self._channel.failures.pop(self._nodes[index], None)
+                self._channel.forgive(self._nodes[index])
             self._upload(stranded, source, max(0.0, deadline - time.monotonic()))
         self._require(len(self._server.alive), "sent a masked update")
         self._server.close_uploads()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,20 +18,27 @@ from propolis.secure.ring import Vector
 from propolis.secure.secagg.device import Device, Upload
 from propolis.secure.secagg.masks import pairwise_masks
 from propolis.secure.secagg.messages import (
+    RECORD_BYTES,
     ConfirmReply,
     HelloReply,
     HelloRequest,
     NeighbourKeys,
     PrepareReply,
+    PrepareRequest,
     UnmaskReply,
+    UnmaskRequest,
     UploadReply,
     from_bytes,
+    marked,
+    marks,
     to_bitmap,
     to_bytes,
 )
 from propolis.secure.secagg.plan import Encoding, Kind, Plan, Terms
 from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.preparation import delivery_path_size
 from propolis.secure.secagg.server import SecAggServer
+from propolis.secure.shamir import SHARE_BYTES
 from propolis.simulations.federation import Federation, make_federation
 
 T = TypeVar("T")
@@ -173,6 +180,10 @@ class Round:
                 if reply is not None:
                     self.server.receive_unmask(index, from_bytes(UnmaskReply, reply))
 
+    def masking(self, index: int) -> list[int]:
+        """The neighbours that a device masks for."""
+        return [other for other in self.terms.neighbours(index) if other in self.server.prepared]
+
     def sum(self) -> tuple[Vector, Vector]:
         return self.server.sum(SHARED_INPUT, threads=1)
 
@@ -199,6 +210,40 @@ class Round:
         except RefusedError as error:
             self.refused[index] = error
             return None
+
+
+def asking(plan: bytes, prekey_number: int, neighbours: Sequence[NeighbourKeys]) -> PrepareRequest:
+    """A prepare request that tells a device of all its neighbours."""
+    prekeys, descriptors = (tuple(getattr(each, name) for each in neighbours) for name in ("prekey", "descriptor"))
+    return PrepareRequest(plan, prekey_number, prekeys, descriptors)
+
+
+def shares_in(reply: UnmaskReply, masking: Sequence[int]) -> dict[int, bytes]:
+    """The shares in a reply, by dealer; `masking` are the neighbours that its sender masked for."""
+    unopened = marked(reply.unopened, masking)
+    dealers = [dealer for dealer in masking if dealer not in unopened]
+    assert len(reply.shares) == SHARE_BYTES * len(dealers)
+    pieces = (reply.shares[start : start + SHARE_BYTES] for start in range(0, len(reply.shares), SHARE_BYTES))
+    return dict(zip(dealers, pieces, strict=True))
+
+
+def with_shares(reply: UnmaskReply, masking: Sequence[int], shares: Mapping[int, bytes]) -> UnmaskReply:
+    """The reply with these shares and no others."""
+    unopened = marks([dealer for dealer in masking if dealer not in shares], masking)
+    values = b"".join(shares[dealer] for dealer in masking if dealer in shares)
+    return replace(reply, shares=values, unopened=unopened)
+
+
+def deliveries_in(request: UnmaskRequest, terms: Terms, holder: int, masking: Sequence[int]) -> list[bytes]:
+    """Record and path of each masking neighbour, in a request to `holder`."""
+    pieces, start = [], 0
+    for dealer in masking:
+        holders = terms.neighbours(dealer)
+        end = start + RECORD_BYTES + delivery_path_size(holders.index(holder), len(holders))
+        pieces.append(request.deliveries[start:end])
+        start = end
+    assert start == len(request.deliveries)
+    return pieces
 
 
 def plain_sum(vectors: Iterable[Vector] | Sequence[Vector], zero: Vector) -> Vector:

@@ -10,7 +10,7 @@ What the role keeps between exchanges goes through `to_bytes` and `from_bytes`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -21,31 +21,46 @@ from propolis.secure import labels
 from propolis.secure.codec.lanes import LANES
 from propolis.secure.envelope import open_sealed, seal
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TrustError
-from propolis.secure.identity import Signed, agreement_key, require_contributory, sign, verify
-from propolis.secure.merkle import MerkleTree, verify_path
-from propolis.secure.prg import LANE_STREAM, SEED_BYTES, VECTOR_STREAM, apply_masks
+from propolis.secure.identity import Signed, require_contributory, sign, verify
+from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, apply_masks
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.confirmation import confirm_alive, require_confirmation
-from propolis.secure.secagg.masks import box_info, pairwise_masks, public_half, seed_commitment, self_mask, share_hash
+from propolis.secure.secagg.masks import (
+    box_info,
+    mask_private,
+    pairwise_masks,
+    public_half,
+    seed_commitment,
+    self_mask,
+    share_hash,
+)
 from propolis.secure.secagg.messages import (
     BOX_BYTES,
+    RECORD_BYTES,
     ConfirmReply,
     ConfirmRequest,
-    Delivery,
     Head,
     PrepareReply,
-    Share,
     UnmaskReply,
     UnmaskRequest,
     UploadReply,
     UploadRequest,
     from_bitmap,
+    marked,
+    marks,
     to_bytes,
 )
 from propolis.secure.secagg.plan import Terms, terms_of
+from propolis.secure.secagg.preparation import (
+    delivery_path_size,
+    head_context,
+    preparation_tree,
+    require_record,
+    server_record,
+)
 from propolis.secure.secagg.states import Exchange, Phase, following
-from propolis.secure.shamir import SHARE_BYTES, RandomBytes, split
-from propolis.secure.wire import FORMAT_VERSION, fill, parse, read, serialized
+from propolis.secure.shamir import SHARE_BYTES, RandomBytes, draw_secret, split
+from propolis.secure.wire import STATE_VERSION, fill, parse, read, serialized
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +82,6 @@ class Own:
     descriptor_digest: bytes
     signing_private: bytes
     prekey_private: bytes
-    roster_number: int
 
 
 @dataclass(slots=True, repr=False)
@@ -77,7 +91,7 @@ class SecAggClient:
     terms: Terms
     own: Own
     neighbours: dict[int, Neighbour]
-    mask_private: bytes
+    mask_secret: bytes
     seed: bytes
     phase: Phase = Phase.PREPARED
     heads: dict[int, Head] = field(default_factory=dict)
@@ -102,19 +116,24 @@ class SecAggClient:
         by_index = {neighbour.index: neighbour for neighbour in neighbours}
         if tuple(sorted(by_index)) != terms.neighbours(own.index) or len(by_index) != len(neighbours):
             raise PeerError(Refusal.SETS, f"the neighbours of device {own.index} are not those of the round's graph")
-        client = cls(terms, own, by_index, agreement_key()[0], random_bytes(SEED_BYTES))
-        records = client._seal_shares(random_bytes)
-        head = Head(
-            plan_digest=terms.digest,
-            index=own.index,
-            mask_key=public_half(client.mask_private),
-            seed_commitment=seed_commitment(client.seed, own.index, terms.digest),
-            deliveries_root=MerkleTree(records).root,
-            roster_number=own.roster_number,
-            next_prekey=labels.digest(labels.PREKEY, next_prekey.payload),
-        )
-        signed = sign(labels.HEAD, own.signing_private, head, pb.Head)
-        return client, PrepareReply(signed, next_prekey, b"".join(records))
+        client = cls(terms, own, by_index, draw_secret(random_bytes), draw_secret(random_bytes))
+        deliveries = b"".join(client._seal_shares(random_bytes))
+        commitment = seed_commitment(client.seed, own.index, terms.digest)
+        tree = preparation_tree(own.index, terms.digest, deliveries, server_record(commitment, next_prekey))
+        head = Head(public_half(client.mask_private), tree.root)
+        context = head_context(own.index, terms.digest)
+        signed = sign(labels.HEAD, own.signing_private, head, pb.Head, *context)
+        return client, PrepareReply(signed, next_prekey, deliveries, commitment)
+
+    @property
+    def mask_private(self) -> bytes:
+        """The X25519 private mask key; its secret is shared in its place, for it is half as long."""
+        return mask_private(self.mask_secret, self.own.index, self.terms.digest)
+
+    @property
+    def masking(self) -> list[int]:
+        """The neighbours that this device masks for, rising."""
+        return sorted(self.heads)
 
     def check_upload(self, request: UploadRequest) -> None:
         """Accept the heads of the neighbours that prepared too, before any training.
@@ -123,18 +142,21 @@ class SecAggClient:
             PeerError, TrustError: a head is not a neighbour's of this round, or there are fewer than t.
         """
         following(self.phase, Exchange.UPLOAD, self.terms.plan.malicious)
-        self._require_this_round(request.plan_digest)
-        heads = [self._verified_head(signed) for signed in request.heads]
-        if len({head.index for head in heads}) < len(heads):
-            raise PeerError(Refusal.SETS, "a neighbour's head came twice")
-        if len(heads) < self.terms.sharing.threshold:
+        self._require_this_round(request.round_tag)
+        neighbours = self.terms.neighbours(self.own.index)
+        silent = marked(request.silent, neighbours)
+        prepared = [index for index in neighbours if index not in silent]
+        if len(prepared) != len(request.heads):
+            raise PeerError(Refusal.SETS, f"expected {len(prepared)} heads, got {len(request.heads)}")
+        if len(prepared) < self.terms.sharing.threshold:
             raise PeerError(
-                Refusal.SETS, f"{len(heads)} neighbours prepared, {self.terms.sharing.threshold} are needed"
+                Refusal.SETS, f"{len(prepared)} neighbours prepared, {self.terms.sharing.threshold} are needed"
             )
-        mask_keys = {public_half(self.mask_private), *(head.mask_key for head in heads)}
+        heads = {index: self._verified_head(index, head) for index, head in zip(prepared, request.heads, strict=True)}
+        mask_keys = {public_half(self.mask_private), *(head.mask_key for head in heads.values())}
         if len(mask_keys) <= len(heads):
             raise TrustError(Refusal.KEYS, "two devices have one mask key")
-        self.heads = {head.index: head for head in heads}
+        self.heads = heads
 
     def upload(
         self, request: UploadRequest, shared_input: bytes, vector: Vector, lanes: Vector, metrics: tuple[str, ...]
@@ -151,26 +173,26 @@ class SecAggClient:
         self.check_upload(request)
         request_digest = labels.digest(labels.REQUEST, to_bytes(request))
         masks = [self_mask(self.seed, self.own.index, self.terms.digest, shared_input, request_digest)]
-        others = [(head.index, head.mask_key) for head in self.heads.values()]
+        others = [(index, head.mask_key) for index, head in self.heads.items()]
         masks += pairwise_masks(self.own.index, self.mask_private, others, self.terms.digest, shared_input)
         ring = self.terms.grid.ring
         apply_masks(vector, masks, ring, VECTOR_STREAM)
         witnessed = np.append(lanes, LANES.embed(np.array([1])))
         apply_masks(witnessed, masks, LANES, LANE_STREAM)
         self.phase = Phase.UPLOADED
-        self.seed = self.mask_private = b""  # what is left of them is with the neighbours
-        return UploadReply(self.terms.digest, ring.pack(vector), LANES.pack(witnessed), metrics)
+        self.seed = self.mask_secret = b""  # what is left of them is with the neighbours
+        return UploadReply(self.terms.tag, ring.pack(vector), LANES.pack(witnessed), metrics)
 
     def confirm(self, request: ConfirmRequest) -> ConfirmReply:
         """Sign who is alive, once; raises PeerError when the set is impossible."""
         after = following(self.phase, Exchange.CONFIRM, self.terms.plan.malicious)
-        self._require_this_round(request.plan_digest)
+        self._require_this_round(request.round_tag)
         if len(request.alive) != len(self.terms.plan.cohort):
             raise PeerError(Refusal.SETS, "the alive set is no bitmap over the roster")
         self._require_alive(from_bitmap(request.alive))
         self.alive, self.phase = request.alive, after
         signature = confirm_alive(self.own.signing_private, self.terms.digest, request.alive)
-        return ConfirmReply(self.terms.digest, signature)
+        return ConfirmReply(self.terms.tag, signature)
 
     def unmask(self, request: UnmaskRequest) -> UnmaskReply:
         """Give one share of each neighbour that prepared: of its seed or of its mask key, never both.
@@ -179,20 +201,25 @@ class SecAggClient:
             PeerError, TrustError: the sets are impossible, too few are alive, or a record is not its dealer's.
         """
         after = following(self.phase, Exchange.UNMASK, self.terms.plan.malicious)
-        self._require_this_round(request.plan_digest)
-        alive, dropped = set(request.alive), set(request.dropped)
-        if len(alive) + len(dropped) < len(request.alive) + len(request.dropped) or alive & dropped:
-            raise PeerError(Refusal.SETS, "a device is named twice among the alive and the dropped")
-        if (alive | dropped) != self.heads.keys() | {self.own.index}:
-            raise PeerError(Refusal.SETS, "alive and dropped are not the neighbours that this device masked for")
-        self._require_alive(request.alive)
+        self._require_this_round(request.round_tag)
+        alive = self.alive_in(request)
+        self._require_alive(alive)
         self._require_confirmations(request, alive)
-        reply = UnmaskReply(self.terms.digest, tuple(self._reveal(request.deliveries, alive)))
+        reply = self._reveal(request.deliveries, alive)
         self.phase = after
         self.own = replace(self.own, prekey_private=b"")  # nothing is left to open
         return reply
 
-    def _require_alive(self, alive: Sequence[int]) -> None:
+    def alive_in(self, request: UnmaskRequest) -> set[int]:
+        """Who is alive, as far as this device sees: itself, and those that it masked for and that did not drop.
+
+        Raises:
+            PeerError: it is not the time to unmask, or what dropped is no bitmap over these.
+        """
+        following(self.phase, Exchange.UNMASK, self.terms.plan.malicious)
+        return {self.own.index, *self.heads} - marked(request.dropped, self.masking)
+
+    def _require_alive(self, alive: Collection[int]) -> None:
         """That this device and t neighbours are among the alive, and nobody who did not prepare."""
         members = self.heads.keys() | {self.own.index}
         if self.own.index not in alive:
@@ -218,30 +245,36 @@ class SecAggClient:
         if len(confirming) < self.terms.sharing.threshold:
             raise PeerError(Refusal.SETS, f"{len(confirming)} confirm, {self.terms.sharing.threshold} are needed")
 
-    def _reveal(self, deliveries: Sequence[Delivery], alive: set[int]) -> list[Share]:
-        shares = []
-        if sorted(delivery.dealer for delivery in deliveries) != sorted(self.heads):
-            raise PeerError(Refusal.SETS, "the records are not one of each neighbour that this device masked for")
-        for delivery in deliveries:
-            seed_share, key_share = self._open(delivery)
-            share = seed_share if delivery.dealer in alive else key_share
-            if share:
-                shares.append(Share(delivery.dealer, share))
-        return shares
+    def _reveal(self, deliveries: bytes, alive: set[int]) -> UnmaskReply:
+        pairs = self._open_all(deliveries)
+        shares = (seed_share if dealer in alive else key_share for dealer, (seed_share, key_share) in pairs.items())
+        unopened = [dealer for dealer, (seed_share, _) in pairs.items() if not seed_share]
+        return UnmaskReply(self.terms.tag, b"".join(shares), marks(unopened, self.masking))
 
-    def _open(self, delivery: Delivery) -> tuple[bytes, bytes]:
+    def _open_all(self, deliveries: bytes) -> dict[int, tuple[bytes, bytes]]:
+        """The two shares in each record, by dealer; raises as `unmask` does."""
+        pairs, start = {}, 0
+        for dealer in self.masking:
+            holders = self.terms.neighbours(dealer)
+            place = holders.index(self.own.index)
+            end = start + RECORD_BYTES + delivery_path_size(place, len(holders))
+            pairs[dealer] = self._open(dealer, place, len(holders), deliveries[start:end])
+            start = end
+        if start != len(deliveries):
+            raise PeerError(Refusal.SHARES, f"expected {start} bytes of records and paths, got {len(deliveries)}")
+        return pairs
+
+    def _open(self, dealer: int, place: int, holders: int, delivery: bytes) -> tuple[bytes, bytes]:
         """The two shares in a record; empty when the dealer did not seal them to this device."""
-        dealer = delivery.dealer
-        holders = self.terms.neighbours(dealer)
-        position = holders.index(self.own.index)
-        verify_path(self.heads[dealer].deliveries_root, delivery.record, position, len(holders), delivery.path)
+        record, path = delivery[:RECORD_BYTES], delivery[RECORD_BYTES:]
+        require_record(self.heads[dealer].root, dealer, self.terms.digest, place, holders, record, path)
         info = box_info(
             *(dealer, self.neighbours[dealer].descriptor_digest),
             *(self.own.index, self.own.descriptor_digest),
             self.terms.digest,
         )
         try:
-            pair = open_sealed(delivery.record[:BOX_BYTES], self.own.prekey_private, info)
+            pair = open_sealed(record[:BOX_BYTES], self.own.prekey_private, info)
         except RefusedError:
             return b"", b""  # the dealer's fault, and it signed the record: the others' shares are enough
         return pair[:SHARE_BYTES], pair[SHARE_BYTES:]
@@ -252,7 +285,7 @@ class SecAggClient:
         holders = sorted(self.neighbours)
         points = [holder + 1 for holder in holders]
         seeds = split(self.seed, self.terms.sharing.threshold, points, random_bytes)
-        keys = split(self.mask_private, self.terms.sharing.threshold, points, random_bytes)
+        keys = split(self.mask_secret, self.terms.sharing.threshold, points, random_bytes)
         records = []
         for holder, seed_share, key_share in zip(holders, seeds, keys, strict=True):
             neighbour = self.neighbours[holder]
@@ -265,38 +298,27 @@ class SecAggClient:
             records.append(box + b"".join(hashes))
         return records
 
-    def _verified_head(self, signed: Signed) -> Head:
-        claimed = parse(pb.Head, signed.payload)
-        neighbour = self.neighbours.get(claimed.index)
-        if neighbour is None:
-            raise PeerError(Refusal.SETS, "a head is not from a neighbour")
-        head = verify(labels.HEAD, neighbour.signing_key, signed, Head, pb.Head, Refusal.KEYS)
-        if head.plan_digest != self.terms.digest:
-            raise TrustError(Refusal.KEYS, f"the head of device {head.index} is of another round or plan")
-        if head.roster_number > self.own.roster_number:
-            raise TrustError(
-                Refusal.ROSTER,
-                f"device {head.index} has seen roster {head.roster_number}, this one {self.own.roster_number}",
-            )
-        require_contributory(head.mask_key, head.index)
+    def _verified_head(self, index: int, signed: Signed) -> Head:
+        key, context = self.neighbours[index].signing_key, head_context(index, self.terms.digest)
+        head = verify(labels.HEAD, key, signed, Head, pb.Head, Refusal.KEYS, *context)
+        require_contributory(head.mask_key, index)
         return head
 
-    def _require_this_round(self, plan_digest: bytes) -> None:
-        if plan_digest != self.terms.digest:
+    def _require_this_round(self, round_tag: bytes) -> None:
+        if round_tag != self.terms.tag:
             raise PeerError(Refusal.PHASE, "the request is of another round than the one under way")
 
     def to_bytes(self) -> bytes:
         """The role's state; it holds secrets."""
         state = pb.ClientState(
-            version=FORMAT_VERSION,
+            version=STATE_VERSION,
             plan=self.terms.bytes,
             index=self.own.index,
             descriptor_digest=self.own.descriptor_digest,
             phase=self.phase,
-            mask_private=self.mask_private,
+            mask_secret=self.mask_secret,
             seed=self.seed,
             prekey_private=self.own.prekey_private,
-            roster_number=self.own.roster_number,
             alive=self.alive,
         )
         for neighbour in self.neighbours.values():
@@ -323,10 +345,10 @@ class SecAggClient:
 
     @classmethod
     def _restored(cls, state: pb.ClientState, signing_private: bytes) -> Self:
-        if state.version != FORMAT_VERSION:
+        if state.version != STATE_VERSION:
             raise ValueError(f"format {state.version}")
-        own = Own(state.index, state.descriptor_digest, signing_private, state.prekey_private, state.roster_number)
+        own = Own(state.index, state.descriptor_digest, signing_private, state.prekey_private)
         neighbours = {n.index: Neighbour(n.index, n.descriptor_digest, n.signing_key) for n in state.neighbours}
         heads = {n.index: read(Head, n.head) for n in state.neighbours if n.HasField("head")}
         terms, phase = terms_of(state.plan), Phase(state.phase)
-        return cls(terms, own, neighbours, state.mask_private, state.seed, phase, heads, state.alive)
+        return cls(terms, own, neighbours, state.mask_secret, state.seed, phase, heads, state.alive)

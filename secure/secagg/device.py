@@ -8,7 +8,7 @@ holds a device loads its state, lets it answer, writes the state down, and only 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from propolis.secure import labels
@@ -25,13 +25,12 @@ from propolis.secure.identity import (
 )
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.client import Neighbour, Own, SecAggClient
-from propolis.secure.secagg.device_state import DeviceState
+from propolis.secure.secagg.device_state import DeviceState, Peer
 from propolis.secure.secagg.masks import public_half
 from propolis.secure.secagg.messages import (
     ConfirmRequest,
     HelloReply,
     HelloRequest,
-    NeighbourKeys,
     PrepareRequest,
     UnmaskRequest,
     UploadRequest,
@@ -121,7 +120,7 @@ class Device:
             PeerError, TrustError: the request is refused, or one has been begun in this round.
         """
         asked = from_bytes(UploadRequest, request)
-        client = self._client(asked.plan_digest)
+        client = self._client(asked.round_tag)
         answer = self.state.answers.get(Exchange.UPLOAD)
         digest = _upload_digest(request, shared_input)
         if answer is None:
@@ -136,7 +135,7 @@ class Device:
     def upload(self, request: bytes, upload: Upload) -> bytes:
         """Mask an update for the request that `begin_upload` accepted."""
         asked = from_bytes(UploadRequest, request)
-        client = self._client(asked.plan_digest)
+        client = self._client(asked.round_tag)
         answer = self.state.answers.get(Exchange.UPLOAD)
         if answer is None or answer.reply or answer.request != _upload_digest(request, upload.shared_input):
             raise PeerError(Refusal.REPEATED, "this upload is not the one that was begun")
@@ -148,16 +147,16 @@ class Device:
     def confirm(self, request: bytes) -> bytes:
         """Sign who is alive, once; see `SecAggClient.confirm`."""
         asked = from_bytes(ConfirmRequest, request)
-        client = self._client(asked.plan_digest)
+        client = self._client(asked.round_tag)
         return self._once(Exchange.CONFIRM, request, client.terms, lambda: self._keep(client, client.confirm(asked)))
 
     def unmask(self, request: bytes) -> bytes:
         """Reveal shares, once; see `SecAggClient.unmask`."""
         asked = from_bytes(UnmaskRequest, request)
-        client = self._client(asked.plan_digest)
+        client = self._client(asked.round_tag)
 
         def reveal() -> bytes:
-            self._require_floor(client.terms, len(asked.alive))
+            self._require_floor(client.terms, len(client.alive_in(asked)))
             self.require_reveals_left(self.state.model)
             reply = client.unmask(asked)
             self.count_reveal(self.state.model)
@@ -184,14 +183,13 @@ class Device:
         terms = terms_of(asked.plan)
         if asked.prekey_number != self.state.prekey_number or not self.state.prekey_private:
             raise TrustError(Refusal.KEYS, "the neighbours were given another prekey than this device's current one")
-        neighbours = [self._verified(roster, keys) for keys in asked.neighbours]
-        own = Own(
-            self.state.index,
-            descriptor_digest(self.state.descriptor),
-            self.state.signing_key.private,
-            self.state.prekey_private,
-            roster.number,
-        )
+        peers = self._peers(roster, terms.neighbours(self.state.index), asked)
+        neighbours = [
+            self._neighbour(roster, index, peer, prekey)
+            for (index, peer), prekey in zip(peers.items(), asked.prekeys, strict=True)
+        ]
+        digest = descriptor_digest(self.state.descriptor)
+        own = Own(self.state.index, digest, self.state.signing_key.private, self.state.prekey_private)
         number = self._next_number()
         next_private, next_public = agreement_key()
         announced = announce_prekey(self.state.signing_key, self.state.own_descriptor, number, next_public)
@@ -200,7 +198,7 @@ class Device:
         self.state.begin_round(terms, client.to_bytes())
         self.state.prekey_number, self.state.prekey_private = number, next_private
         for neighbour in neighbours:
-            self.state.remember_peer(neighbour.index, neighbour.descriptor_digest, neighbour.prekey_number)
+            self.state.remember_peer(neighbour.index, peers[neighbour.index], neighbour.prekey_number)
         return to_bytes(reply)
 
     def _accept(self, terms: Terms) -> TrustedRoster:
@@ -254,17 +252,38 @@ class Device:
         if draws and is_other_round and encoding.seed == before.encoding.seed:
             raise PeerError(Refusal.POLICY, "the codec's seed is that of another round")
 
-    def _verified(self, roster: TrustedRoster, keys: NeighbourKeys) -> Neighbour:
-        """A neighbour whose descriptor is a member's, the only one of its index, and whose prekey is fresh."""
-        descriptor = roster.descriptor(keys.descriptor)
-        digest = descriptor_digest(keys.descriptor)
-        prekey = verify_prekey(keys.prekey, descriptor)
-        peer = self.state.peers.get(descriptor.index)
-        if peer is not None and peer.descriptor_digest != digest:
-            raise TrustError(Refusal.IDENTITY, f"device {descriptor.index} comes with a second descriptor")
-        if peer is not None and prekey.number < peer.next_prekey:
-            raise TrustError(Refusal.KEYS, f"the prekey {prekey.number} of device {descriptor.index} was used before")
-        return Neighbour(descriptor.index, digest, descriptor.signing_key, prekey.public_key, prekey.number)
+    def _peers(self, roster: TrustedRoster, neighbours: Sequence[int], asked: PrepareRequest) -> dict[int, Peer]:
+        """The neighbours of the round's graph, in rising order: introduced by the request, or remembered."""
+        introduced = dict(self._introduced(roster, signed) for signed in asked.descriptors)
+        if len(introduced) < len(asked.descriptors) or not introduced.keys() <= set(neighbours):
+            raise PeerError(Refusal.SETS, "the descriptors are not one each of some of the neighbours")
+        if len(asked.prekeys) != len(neighbours):
+            raise PeerError(Refusal.SETS, f"expected {len(neighbours)} prekeys, got {len(asked.prekeys)}")
+        return {index: introduced.get(index) or self._remembered(roster, index) for index in neighbours}
+
+    def _introduced(self, roster: TrustedRoster, signed: Signed) -> tuple[int, Peer]:
+        """Index and keys of a device whose descriptor is a member's, and the only one of its index."""
+        descriptor, digest = roster.descriptor(signed), descriptor_digest(signed)
+        index = descriptor.index
+        known = self.state.peers.get(index)
+        if known is not None and known.descriptor_digest != digest:
+            raise TrustError(Refusal.IDENTITY, f"device {index} comes with a second descriptor")
+        next_prekey = known.next_prekey if known is not None else 0
+        return index, Peer(digest, descriptor.signing_key, roster.require_member(index).public_key, next_prekey)
+
+    def _remembered(self, roster: TrustedRoster, index: int) -> Peer:
+        """The keys of a device that this one was told of, and that is still a member by the same invitation."""
+        entry, peer = roster.require_member(index), self.state.peers.get(index)
+        if peer is None or peer.invitation_key != entry.public_key:
+            raise PeerError(Refusal.UNKNOWN_PEER, f"this device was given no descriptor of device {index}")
+        return peer
+
+    def _neighbour(self, roster: TrustedRoster, index: int, peer: Peer, signed: Signed) -> Neighbour:
+        """A neighbour with a prekey that is its own, and fresh."""
+        prekey = verify_prekey(signed, roster.roster.federation, index, peer.signing_key)
+        if prekey.number < peer.next_prekey:
+            raise TrustError(Refusal.KEYS, f"the prekey {prekey.number} of device {index} was used before")
+        return Neighbour(index, peer.descriptor_digest, peer.signing_key, prekey.public_key, prekey.number)
 
     def require_reveals_left(self, model: bytes) -> None:
         """Against differencing: sums over one model are revealed a limited number of times, across all runs.
@@ -297,12 +316,12 @@ class Device:
         if alive < fewest:
             raise PeerError(Refusal.POLICY, f"{alive} devices are alive here; with {fewest} the cohort is at its floor")
 
-    def _client(self, plan_digest: bytes) -> SecAggClient:
+    def _client(self, round_tag: bytes) -> SecAggClient:
         """The role in the round under way."""
         if not self.state.round:
             raise PeerError(Refusal.PHASE, "no round is under way")
         client = SecAggClient.from_bytes(self.state.round, self.state.signing_key.private)
-        if client.terms.digest != plan_digest:
+        if client.terms.tag != round_tag:
             raise PeerError(Refusal.PHASE, "the request is of another round than the one under way")
         return client
 

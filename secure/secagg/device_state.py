@@ -15,7 +15,7 @@ from propolis.secure.identity import Descriptor, Signed, SigningKey, agreement_k
 from propolis.secure.secagg.plan import Terms
 from propolis.secure.secagg.states import Exchange
 from propolis.secure.shamir import RandomBytes
-from propolis.secure.wire import FORMAT_VERSION, decode, fill, read, serialized
+from propolis.secure.wire import STATE_VERSION, decode, fill, read, serialized
 
 # What is remembered of old runs and models; the oldest is forgotten first.
 _SECRET_BYTES = 32
@@ -28,11 +28,15 @@ class Peer:
 
     Attributes:
         descriptor_digest: of the only descriptor that its index may come with.
+        signing_key: in that descriptor, which this device has verified.
+        invitation_key: that the descriptor is signed with.
         next_prekey: lowest prekey number that has not been sealed to.
     """
 
     descriptor_digest: bytes
-    next_prekey: int
+    signing_key: bytes
+    invitation_key: bytes
+    next_prekey: int = 0
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -131,9 +135,9 @@ class DeviceState:
         _forget_oldest(self.runs, _MOST_RUNS)
         self.round, self.plan, self.model, self.answers = round_state, terms.bytes, b"", {}
 
-    def remember_peer(self, index: int, descriptor_digest: bytes, prekey_number: int) -> None:
+    def remember_peer(self, index: int, peer: Peer, prekey_number: int) -> None:
         """Note that something was sealed to a peer's prekey: never again to this one or an older one."""
-        self.peers[index] = Peer(descriptor_digest, prekey_number + 1)
+        self.peers[index] = replace(peer, next_prekey=prekey_number + 1)
 
     def count_reveal(self, model: bytes) -> None:
         """Note that a sum over a model was revealed."""
@@ -155,7 +159,7 @@ class DeviceState:
     def to_bytes(self) -> bytes:
         """The state as it is stored; it holds secrets."""
         state = pb.DeviceState(
-            version=FORMAT_VERSION,
+            version=STATE_VERSION,
             root_key=self.root_key,
             signing_private=self.signing_key.private,
             hpke_private=self.hpke_private,
@@ -172,7 +176,13 @@ class DeviceState:
         if self.roster is not None:
             fill(self.roster, state.roster)
         for index, peer in self.peers.items():
-            state.peers.add(index=index, descriptor_digest=peer.descriptor_digest, next_prekey=peer.next_prekey)
+            state.peers.add(
+                index=index,
+                descriptor_digest=peer.descriptor_digest,
+                next_prekey=peer.next_prekey,
+                signing_key=peer.signing_key,
+                invitation_key=peer.invitation_key,
+            )
         for exchange, answer in self.answers.items():
             state.answers.add(exchange=exchange, request=answer.request, reply=answer.reply)
         return serialized(state)
@@ -186,10 +196,8 @@ class DeviceState:
         """
         try:
             state = pb.DeviceState.FromString(data)
-            if state.version != FORMAT_VERSION:
-                raise StorageError(
-                    f"the device's state has format {state.version}, this version reads {FORMAT_VERSION}"
-                )
+            if state.version != STATE_VERSION:
+                raise StorageError(f"the device's state has format {state.version}, this version reads {STATE_VERSION}")
             return cls(
                 root_key=state.root_key,
                 signing_key=SigningKey(state.signing_private),
@@ -200,7 +208,7 @@ class DeviceState:
                 prekey_number=state.prekey_number,
                 prekey_private=state.prekey_private,
                 runs={run.run_id: (run.round, run.attempt) for run in state.runs},
-                peers={peer.index: Peer(peer.descriptor_digest, peer.next_prekey) for peer in state.peers},
+                peers={peer.index: _peer(peer) for peer in state.peers},
                 reveals={reveal.model: reveal.count for reveal in state.reveals},
                 round=state.round,
                 plan=state.plan,
@@ -211,6 +219,10 @@ class DeviceState:
             if isinstance(error, StorageError):
                 raise
             raise StorageError("the device's state is damaged") from None
+
+
+def _peer(state: pb.DeviceState.Peer) -> Peer:
+    return Peer(state.descriptor_digest, state.signing_key, state.invitation_key, state.next_prekey)
 
 
 def _forget_oldest(entries: dict[bytes, object] | dict[bytes, int] | dict[bytes, tuple[int, int]], most: int) -> None:

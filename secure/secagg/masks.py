@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from propolis.secure import labels
 from propolis.secure.errors import PeerError, Refusal
+from propolis.secure.merkle import HASH_BYTES
 from propolis.secure.prg import SEED_BYTES, Mask
 
 
@@ -26,6 +27,11 @@ def index_bytes(index: int) -> bytes:
 def public_half(private: bytes) -> bytes:
     """The public half of an X25519 private key, 32 bytes each."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def mask_private(secret: bytes, index: int, plan: bytes) -> bytes:
+    """A device's X25519 private mask key, 32 bytes, from the 16-byte secret that is shared in its place."""
+    return _derive(secret, labels.joined(labels.MASK_KEY, plan, index_bytes(index)))
 
 
 def pairwise_masks(
@@ -62,7 +68,7 @@ def self_mask(seed: bytes, index: int, plan: bytes, shared_input: bytes, request
     """A device's own mask, which the server takes away with the help of t neighbours.
 
     Args:
-        seed: 32 bytes, shared among the neighbours.
+        seed: 16 bytes, shared among the neighbours.
         index: the device.
         plan: digest of the round's plan.
         shared_input: digest of the model, configuration and encoding that the device was given.
@@ -73,13 +79,20 @@ def self_mask(seed: bytes, index: int, plan: bytes, shared_input: bytes, request
 
 
 def seed_commitment(seed: bytes, index: int, plan: bytes) -> bytes:
-    """What a device signs of its seed, so that a wrong reconstruction is noticed."""
-    return labels.digest(labels.COMMITMENT, plan, index_bytes(index), seed)
+    """What a device signs of its seed, 16 bytes, so that a wrong reconstruction is noticed.
+
+    Like `share_hash` it is short: another seed for it takes 2^128 work, and two seeds with one commitment, which take
+    2^64, would spoil a sum that their author can spoil anyway.
+    """
+    return labels.digest(labels.COMMITMENT, plan, index_bytes(index), seed)[:HASH_BYTES]
 
 
 def share_hash(share: bytes, dealer: int, holder: int, kind: bytes, plan: bytes) -> bytes:
-    """What a dealer signs of a share, so that a corrupt one is known by itself. `kind` is b"seed" or b"key"."""
-    return labels.digest(labels.SHARE, plan, index_bytes(dealer), index_bytes(holder), kind, share)
+    """What a dealer signs of a share, 16 bytes, so that a corrupt one is known by itself.
+
+    `kind` is b"seed" or b"key".
+    """
+    return labels.digest(labels.SHARE, plan, index_bytes(dealer), index_bytes(holder), kind, share)[:HASH_BYTES]
 
 
 def box_info(dealer: int, dealer_descriptor: bytes, holder: int, holder_descriptor: bytes, plan: bytes) -> bytes:

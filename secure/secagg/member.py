@@ -11,6 +11,7 @@ from propolis.secure.errors import Refusal, TrustError
 from propolis.secure.identity import Descriptor, Signed, TrustedRoster, verify, verify_prekey
 from propolis.secure.merkle import HASH_BYTES, MerkleTree
 from propolis.secure.secagg.messages import BOX_BYTES, RECORD_BYTES, Head, NeighbourKeys
+from propolis.secure.secagg.preparation import commitment_in, head_context, preparation_tree
 from propolis.secure.wire import fill, read
 
 
@@ -20,7 +21,7 @@ class Member:
 
     Attributes:
         descriptor, keys, prekey_number: who it is, verified.
-        head, signed_head, deliveries, tree: its preparation, once it has come.
+        head, signed_head, deliveries, server_record, tree: its preparation, once it has come.
         upload_request: digest of what it was asked to mask for.
         uploaded: whether its masked vector is in the sum.
         confirmation: its signature on the alive set.
@@ -33,6 +34,7 @@ class Member:
     head: Head | None = None
     signed_head: Signed | None = None
     deliveries: bytes = b""
+    server_record: bytes = b""
     tree: MerkleTree | None = None
     upload_request: bytes = b""
     uploaded: bool = False
@@ -47,12 +49,20 @@ class Member:
             raise TrustError(
                 Refusal.IDENTITY, f"device {index} comes with the keys of device {descriptor.index}", index
             )
-        return cls(descriptor, keys, verify_prekey(keys.prekey, descriptor).number)
+        prekey = verify_prekey(keys.prekey, descriptor.federation, index, descriptor.signing_key)
+        return cls(descriptor, keys, prekey.number)
 
-    def take_preparation(self, signed: Signed, head: Head, deliveries: bytes) -> None:
+    def take_preparation(
+        self, signed: Signed, head: Head, deliveries: bytes, server_record: bytes, tree: MerkleTree
+    ) -> None:
         """Keep a verified preparation."""
-        self.head, self.signed_head, self.deliveries = head, signed, deliveries
-        self.tree = MerkleTree(records_of(deliveries))
+        self.head, self.signed_head, self.tree = head, signed, tree
+        self.deliveries, self.server_record = deliveries, server_record
+
+    @property
+    def seed_commitment(self) -> bytes:
+        """What it signed of its seed."""
+        return commitment_in(self.server_record)
 
     def record(self, place: int) -> bytes:
         """The record for the neighbour at `place` in rising order."""
@@ -70,26 +80,24 @@ class Member:
         fill(self.keys.prekey, state.prekey)
         if self.signed_head:
             fill(self.signed_head, state.head)
-        state.deliveries, state.upload_request = self.deliveries, self.upload_request
+        state.deliveries, state.server_record = self.deliveries, self.server_record
+        state.upload_request = self.upload_request
         state.uploaded, state.confirmation = self.uploaded, self.confirmation
         for dealer, value in self.shares.items():
             state.shares.add(dealer=dealer, value=value)
 
     @classmethod
-    def restore(cls, roster: TrustedRoster, state: pb.ServerState.Member) -> Self:
-        """The member that `write` saved, verified again."""
+    def restore(cls, roster: TrustedRoster, state: pb.ServerState.Member, plan: bytes) -> Self:
+        """The member that `write` saved, verified again; `plan` is the digest of the round's plan."""
         keys = NeighbourKeys(read(Signed, state.descriptor), read(Signed, state.prekey))
         member = cls.of(roster, state.index, keys)
         if state.HasField("head"):
             signed = read(Signed, state.head)
-            head = verify(labels.HEAD, member.descriptor.signing_key, signed, Head, pb.Head, Refusal.KEYS)
-            member.take_preparation(signed, head, state.deliveries)
+            key, context = member.descriptor.signing_key, head_context(state.index, plan)
+            head = verify(labels.HEAD, key, signed, Head, pb.Head, Refusal.KEYS, *context)
+            tree = preparation_tree(state.index, plan, state.deliveries, state.server_record)
+            member.take_preparation(signed, head, state.deliveries, state.server_record, tree)
         member.upload_request, member.uploaded = state.upload_request, state.uploaded
         member.confirmation = state.confirmation
         member.shares = {share.dealer: share.value for share in state.shares}
         return member
-
-
-def records_of(deliveries: bytes) -> list[bytes]:
-    """The records of a prepare reply, one by one."""
-    return [deliveries[start : start + RECORD_BYTES] for start in range(0, len(deliveries), RECORD_BYTES)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,13 +24,16 @@ from propolis.secure.wire import (
     parse,
     serialized,
     sized,
-    version_field,
 )
 
 T = TypeVar("T")
 
-# Ed25519, X25519, HPKE(X25519, HKDF-SHA256, AES-128-GCM), Shamir over 2^256 + 297, AES-256-CTR, SHA-256.
+# Ed25519, X25519, HPKE(X25519, HKDF-SHA256, AES-128-GCM), Shamir over 2^128 - 159, AES-256-CTR, SHA-256.
 SUITE = 1
+
+# First bytes of the plan's digest, by which requests and replies name their round: they tell rounds apart and prove
+# nothing. Whoever sends a message may write any tag into it; what counts is bound to the whole digest.
+TAG_BYTES = 4
 
 # A sealed pair of shares and the hashes of the two: one record of a prepare reply.
 BOX_BYTES = OVERHEAD_BYTES + 2 * SHARE_BYTES
@@ -41,7 +44,8 @@ _MOST_NAMES = 1024
 _LONGEST_NAME = 200
 # Names and lanes of all the metrics of an upload, and everything else that is small in it.
 LARGEST_METRICS = _MOST_NAMES * (_LONGEST_NAME + 12) + 4096
-_LONGEST_PATH = 32 * 20
+_LONGEST_PATH = HASH_BYTES * 20
+_LONGEST_BITMAP = _MOST_NEIGHBOURS // 8
 _LARGEST_VECTOR = 2**30
 
 
@@ -72,41 +76,55 @@ class NeighbourKeys:
 
 @dataclass(frozen=True, slots=True)
 class PrepareRequest:
-    """Take part in the round of this plan: the plan's bytes, this device's prekey number, its neighbours' keys."""
+    """Take part in the round of this plan.
+
+    Attributes:
+        plan: its bytes.
+        prekey_number: of this device's own prekey.
+        prekeys: of each neighbour, in rising order.
+        descriptors: of the neighbours that this device has not been told of before.
+    """
 
     plan: bytes = sized(1, 2**23)
     prekey_number: int = between(0, 2**62)
-    neighbours: tuple[NeighbourKeys, ...] = many(_MOST_NEIGHBOURS)
+    prekeys: tuple[Signed, ...] = many(_MOST_NEIGHBOURS)
+    descriptors: tuple[Signed, ...] = many(_MOST_NEIGHBOURS)
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareReply:
-    """The signed head, the prekey for the round after this, and a record for each neighbour in rising order."""
+    """The signed head, and what its root is over: see `propolis.secure.secagg.preparation`.
+
+    Attributes:
+        next_prekey: for the round after this.
+        deliveries: a record for each neighbour in rising order.
+    """
 
     head: Signed
     next_prekey: Signed
     deliveries: bytes = sized(RECORD_BYTES, RECORD_BYTES * _MOST_NEIGHBOURS)
+    seed_commitment: bytes = sized(HASH_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a device signs of its preparation."""
+    """What a device signs of its preparation, in the context of plan and index: all that its neighbours need."""
 
-    plan_digest: bytes = sized(32)
-    index: int = between(0, LARGEST_INDEX)
     mask_key: bytes = sized(32)
-    seed_commitment: bytes = sized(32)
-    deliveries_root: bytes = sized(32)
-    roster_number: int = between(1, 2**62)
-    next_prekey: bytes = sized(32)
-    version: int = version_field()
+    root: bytes = sized(HASH_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class UploadRequest:
-    """Train, and mask for these neighbours."""
+    """Train, and mask for these neighbours.
 
-    plan_digest: bytes = sized(32)
+    Attributes:
+        silent: which of the neighbours did not prepare, as `marks`.
+        heads: of the others, in rising order.
+    """
+
+    round_tag: bytes = sized(TAG_BYTES)
+    silent: bytes = sized(0, _LONGEST_BITMAP)
     heads: tuple[Signed, ...] = many(_MOST_NEIGHBOURS)
 
 
@@ -114,7 +132,7 @@ class UploadRequest:
 class UploadReply:
     """The masked update and lanes, packed, and what the last lanes are called."""
 
-    plan_digest: bytes = sized(32)
+    round_tag: bytes = sized(TAG_BYTES)
     vector: bytes = sized(0, _LARGEST_VECTOR)
     lanes: bytes = sized(0, _LARGEST_VECTOR)
     metrics: tuple[str, ...] = sized(1, _LONGEST_NAME, count=_MOST_NAMES)
@@ -124,7 +142,7 @@ class UploadReply:
 class ConfirmRequest:
     """Sign that these devices, a bitmap over the roster, are those whose updates arrived."""
 
-    plan_digest: bytes = sized(32)
+    round_tag: bytes = sized(TAG_BYTES)
     alive: bytes = sized(1, 2**17)
 
 
@@ -132,17 +150,8 @@ class ConfirmRequest:
 class ConfirmReply:
     """The signature under the digest of plan and alive set."""
 
-    plan_digest: bytes = sized(32)
+    round_tag: bytes = sized(TAG_BYTES)
     signature: bytes = sized(SIGNATURE_BYTES)
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One dealer's record for this device, with the proof that the dealer signed it."""
-
-    dealer: int = between(0, LARGEST_INDEX)
-    record: bytes = sized(RECORD_BYTES)
-    path: bytes = sized(0, _LONGEST_PATH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,29 +164,33 @@ class Confirmation:
 
 @dataclass(frozen=True, slots=True)
 class UnmaskRequest:
-    """Reveal one share of each neighbour: of the seed of those alive, of the mask key of those that dropped."""
+    """Reveal one share of each masking neighbour: of the seed of those alive, of the key of those that dropped.
 
-    plan_digest: bytes = sized(32)
-    alive: tuple[int, ...] = between(0, LARGEST_INDEX, count=_MOST_NEIGHBOURS)
-    dropped: tuple[int, ...] = between(0, LARGEST_INDEX, count=_MOST_NEIGHBOURS)
-    deliveries: tuple[Delivery, ...] = many(_MOST_NEIGHBOURS)
+    The masking neighbours are those whose heads the device was given, in rising order.
+
+    Attributes:
+        dropped: which of them dropped, as `marks`; the others are alive, and so is the device.
+        deliveries: of each of them, its record for this device and the record's path.
+    """
+
+    round_tag: bytes = sized(TAG_BYTES)
+    dropped: bytes = sized(0, _LONGEST_BITMAP)
+    deliveries: bytes = sized(0, (RECORD_BYTES + _LONGEST_PATH) * _MOST_NEIGHBOURS)
     confirmations: tuple[Confirmation, ...] = many(_MOST_NEIGHBOURS)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Share:
-    """A share that its dealer made."""
-
-    dealer: int = between(0, LARGEST_INDEX)
-    value: bytes = sized(SHARE_BYTES)
-
-
-@dataclass(frozen=True, slots=True, repr=False)
 class UnmaskReply:
-    """The shares; a record that did not open is left out."""
+    """The shares of the masking neighbours in rising order, without those whose records did not open.
 
-    plan_digest: bytes = sized(32)
-    shares: tuple[Share, ...] = many(_MOST_NEIGHBOURS)
+    Attributes:
+        shares: one after the other.
+        unopened: whose records did not open, as `marks`.
+    """
+
+    round_tag: bytes = sized(TAG_BYTES)
+    shares: bytes = sized(0, SHARE_BYTES * _MOST_NEIGHBOURS)
+    unopened: bytes = sized(0, _LONGEST_BITMAP)
 
 
 # What is parsed at all, in bytes: most messages are as long as there are neighbours.
@@ -239,3 +252,21 @@ def to_bitmap(indices: Sequence[int], size: int) -> bytes:
 def from_bitmap(bitmap: bytes) -> tuple[int, ...]:
     """The indices in a bitmap, rising."""
     return tuple(8 * place + bit for place, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1)
+
+
+def marks(chosen: Collection[int], among: Sequence[int]) -> bytes:
+    """Which of the members of a group are chosen, as a bitmap over their places; empty when nobody is.
+
+    >>> marks([7], [3, 5, 7]).hex(), marks([], [3, 5, 7]).hex()
+    ('04', '')
+    """
+    places = [place for place, member in enumerate(among) if member in chosen]
+    return to_bitmap(places, len(among)) if places else b""
+
+
+def marked(bitmap: bytes, among: Sequence[int]) -> frozenset[int]:
+    """The members that `marks` marked; raises PeerError when the bitmap is not one that it makes for this group."""
+    places = from_bitmap(bitmap)
+    if bitmap and (not places or places[-1] >= len(among) or len(bitmap) != len(to_bitmap((), len(among)))):
+        raise PeerError(Refusal.SETS, f"a bitmap of {len(bitmap)} bytes does not fit {len(among)} devices")
+    return frozenset(among[place] for place in places)

@@ -14,7 +14,7 @@ from propolis.secure.codec.encoding import Encoding as Encoding
 from propolis.secure.codec.quantize import Grid
 from propolis.secure.errors import PeerError, Refusal, UsageError
 from propolis.secure.graph import NeighbourGraph, Sharing, sharing
-from propolis.secure.secagg.messages import SUITE, from_bitmap
+from propolis.secure.secagg.messages import SUITE, TAG_BYTES, from_bitmap
 from propolis.secure.wire import between, decode_exactly, encode, sized, version_field
 
 _MILLION = 1_000_000
@@ -75,6 +75,7 @@ class Terms:
         self.bytes = plan
         self.plan = decode_exactly(Plan, plan, pb.Plan)
         self.digest = labels.digest(labels.PLAN, plan)
+        self.tag = self.digest[:TAG_BYTES]
 
     @cached_property
     def cohort(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ Memory is one vector, one lane vector and the sealed shares, whatever the number
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Self
 
 from propolis.protos import secagg_pb2 as pb
@@ -19,19 +19,24 @@ from propolis.secure import labels
 from propolis.secure.codec.lanes import LANES
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TooFewPeersError, TrustError
 from propolis.secure.identity import TrustedRoster, require_contributory, verify
-from propolis.secure.merkle import MerkleTree
 from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.confirmation import require_confirmation
-from propolis.secure.secagg.masks import pairwise_masks, public_half, seed_commitment, self_mask, share_hash
-from propolis.secure.secagg.member import Member, records_of
+from propolis.secure.secagg.masks import (
+    mask_private,
+    pairwise_masks,
+    public_half,
+    seed_commitment,
+    self_mask,
+    share_hash,
+)
+from propolis.secure.secagg.member import Member
 from propolis.secure.secagg.messages import (
     LARGEST_METRICS,
     RECORD_BYTES,
     Confirmation,
     ConfirmReply,
     ConfirmRequest,
-    Delivery,
     Head,
     NeighbourKeys,
     PrepareReply,
@@ -40,12 +45,15 @@ from propolis.secure.secagg.messages import (
     UnmaskRequest,
     UploadReply,
     UploadRequest,
+    marked,
+    marks,
     to_bitmap,
     to_bytes,
 )
 from propolis.secure.secagg.plan import Terms, terms_of
-from propolis.secure.shamir import combine
-from propolis.secure.wire import FORMAT_VERSION, parse, serialized
+from propolis.secure.secagg.preparation import head_context, preparation_tree, server_record
+from propolis.secure.shamir import SHARE_BYTES, combine
+from propolis.secure.wire import STATE_VERSION, parse, serialized
 
 
 class SecAggServer:
@@ -85,10 +93,12 @@ class SecAggServer:
 
     # prepare
 
-    def prepare_request(self, index: int) -> PrepareRequest:
-        """What to ask of a device first."""
-        neighbours = tuple(self._members[other].keys for other in self.terms.neighbours(index))
-        return PrepareRequest(self.terms.bytes, self._members[index].prekey_number, neighbours)
+    def prepare_request(self, index: int, told_of: Container[int] = ()) -> PrepareRequest:
+        """What to ask of a device first; it has been `told_of` these devices' descriptors, and remembers them."""
+        neighbours = {other: self._members[other].keys for other in self.terms.neighbours(index)}
+        prekeys = tuple(keys.prekey for keys in neighbours.values())
+        descriptors = tuple(keys.descriptor for other, keys in neighbours.items() if other not in told_of)
+        return PrepareRequest(self.terms.bytes, self._members[index].prekey_number, prekeys, descriptors)
 
     def receive_prepare(self, index: int, reply: PrepareReply) -> None:
         """Take a device's preparation; raises PeerError or TrustError when the others would refuse it."""
@@ -100,20 +110,16 @@ class SecAggServer:
         head = self._verified_head(index, reply)
         if len(reply.deliveries) != RECORD_BYTES * len(self.terms.neighbours(index)):
             raise PeerError(Refusal.SHARES, f"device {index} sent records for other neighbours than its own")
-        if MerkleTree(records_of(reply.deliveries)).root != head.deliveries_root:
-            raise TrustError(Refusal.SHARES, f"the records of device {index} are not those that it signed")
+        last = server_record(reply.seed_commitment, reply.next_prekey)
+        tree = preparation_tree(index, self.terms.digest, reply.deliveries, last)
+        if tree.root != head.root:
+            raise TrustError(Refusal.SHARES, f"what device {index} sent is not what it signed")
         self._mask_keys.add(head.mask_key)
-        member.take_preparation(reply.head, head, reply.deliveries)
+        member.take_preparation(reply.head, head, reply.deliveries, last, tree)
 
     def _verified_head(self, index: int, reply: PrepareReply) -> Head:
-        key = self._members[index].descriptor.signing_key
-        head = verify(labels.HEAD, key, reply.head, Head, pb.Head, Refusal.KEYS)
-        if (head.plan_digest, head.index) != (self.terms.digest, index):
-            raise TrustError(Refusal.KEYS, f"the head of device {index} is of another round or device")
-        if head.roster_number != self.terms.plan.roster_number:
-            raise TrustError(Refusal.ROSTER, f"device {index} has seen roster {head.roster_number}, not the plan's")
-        if head.next_prekey != labels.digest(labels.PREKEY, reply.next_prekey.payload):
-            raise TrustError(Refusal.KEYS, f"device {index} sent another next prekey than the one that it signed")
+        key, context = self._members[index].descriptor.signing_key, head_context(index, self.terms.digest)
+        head = verify(labels.HEAD, key, reply.head, Head, pb.Head, Refusal.KEYS, *context)
         require_contributory(head.mask_key, index)
         if head.mask_key in self._mask_keys:
             raise TrustError(Refusal.KEYS, f"the mask key of device {index} is another device's")
@@ -139,8 +145,9 @@ class SecAggServer:
     def upload_request(self, index: int) -> UploadRequest:
         """What to ask of a device that prepared, once no more preparations are taken."""
         self._preparing = False
-        heads = (self._members[other].signed_head for other in self._masking(index))
-        request = UploadRequest(self.terms.digest, tuple(head for head in heads if head))
+        heads = {other: self._members[other].signed_head for other in self.terms.neighbours(index)}
+        silent = marks([other for other, head in heads.items() if not head], list(heads))
+        request = UploadRequest(self.terms.tag, silent, tuple(head for head in heads.values() if head))
         self._members[index].upload_request = labels.digest(labels.REQUEST, to_bytes(request))
         return request
 
@@ -154,7 +161,7 @@ class SecAggServer:
         member = self._members[index]
         if not self._uploading or not member.upload_request or member.uploaded:
             raise PeerError(Refusal.PHASE, f"the upload of device {index} is too late, or its second one")
-        if reply.plan_digest != self.terms.digest:
+        if reply.round_tag != self.terms.tag:
             raise PeerError(Refusal.PHASE, f"the upload of device {index} is of another round")
         self._offered_metrics[index] = reply.metrics
         if self._metrics is not None and reply.metrics != self._metrics:
@@ -206,7 +213,7 @@ class SecAggServer:
     def confirm_request(self) -> ConfirmRequest:
         """What to ask of every device that is alive, in malicious mode."""
         size = 8 * len(self.terms.plan.cohort)
-        return ConfirmRequest(self.terms.digest, to_bitmap(self.alive, size))
+        return ConfirmRequest(self.terms.tag, to_bitmap(self.alive, size))
 
     def receive_confirm(self, index: int, reply: ConfirmReply) -> None:
         """Take a signature on the alive set; raises TrustError when it does not hold."""
@@ -221,32 +228,36 @@ class SecAggServer:
     def unmask_request(self, index: int) -> UnmaskRequest:
         """What to ask of a device that is alive, once no more uploads are taken."""
         masking = self._masking(index)
-        uploaded = {other: self._members[other].uploaded for other in masking}
+        dropped = [other for other in masking if not self._members[other].uploaded]
         confirmations = tuple(
             Confirmation(other, self._members[other].confirmation)
             for other in masking
             if self._members[other].confirmation
         )
-        return UnmaskRequest(
-            self.terms.digest,
-            tuple(sorted([index, *(other for other in masking if uploaded[other])])),
-            tuple(other for other in masking if not uploaded[other]),
-            tuple(self._delivery(other, index) for other in masking),
-            confirmations,
-        )
+        deliveries = b"".join(self._delivery(other, index) for other in masking)
+        return UnmaskRequest(self.terms.tag, marks(dropped, masking), deliveries, confirmations)
 
     def receive_unmask(self, index: int, reply: UnmaskReply) -> None:
-        """Keep the shares whose hash is the one that their dealer signed, and drop the others."""
-        if reply.plan_digest != self.terms.digest:
+        """Keep the shares whose hash is the one that their dealer signed, and drop the others.
+
+        Raises:
+            PeerError: nobody asked for these, or they are not one for each record that opened.
+        """
+        if reply.round_tag != self.terms.tag:
             raise PeerError(Refusal.PHASE, f"the shares of device {index} are of another round")
         member = self._members[index]
         if not member.uploaded:
             raise PeerError(Refusal.PHASE, f"device {index} was not asked for shares")
-        masking = set(self._masking(index))
-        self._unopened.update(masking - {share.dealer for share in reply.shares})
-        for share in reply.shares:
-            if share.dealer in masking and self._is_genuine(share.value, share.dealer, index):
-                member.shares[share.dealer] = share.value
+        masking = self._masking(index)
+        unopened = marked(reply.unopened, masking)
+        dealers = [other for other in masking if other not in unopened]
+        if len(reply.shares) != SHARE_BYTES * len(dealers):
+            raise PeerError(Refusal.SHARES, f"device {index} sent {len(reply.shares)} bytes for {len(dealers)} shares")
+        self._unopened.update(unopened)
+        for place, dealer in enumerate(dealers):
+            share = reply.shares[SHARE_BYTES * place : SHARE_BYTES * (place + 1)]
+            if self._is_genuine(share, dealer, index):
+                member.shares[dealer] = share
 
     def sum(self, shared_input: bytes, threads: int = 0) -> tuple[Vector, Vector]:
         """The sum of the vectors and of the lanes of the devices that are alive.
@@ -281,10 +292,10 @@ class SecAggServer:
                 own = self_mask(secret, index, plan, shared_input, member.upload_request)
                 yield Mask(own.seed, -own.sign)
                 continue
-            heads = [self._members[other].head for other in self._masking(index) if other in alive]
-            others = [(head.index, head.mask_key) for head in heads if head is not None]
+            heads = {other: self._members[other].head for other in self._masking(index) if other in alive}
+            others = [(other, head.mask_key) for other, head in heads.items() if head is not None]
             # What the alive ones added is the inverse of what the dropped one would have.
-            yield from pairwise_masks(index, secret, others, plan, shared_input)
+            yield from pairwise_masks(index, mask_private(secret, index, plan), others, plan, shared_input)
 
     def _owing(self) -> Iterable[int]:
         """Devices whose secret is needed: the alive, and those that others masked for but that dropped."""
@@ -294,7 +305,7 @@ class SecAggServer:
         return any(self._members[other].uploaded for other in self._masking(index))
 
     def _reconstruct(self, index: int) -> bytes:
-        """The seed of a device that is alive, or the mask key of one that dropped."""
+        """The seed of a device that is alive, or what the mask key of one that dropped derives from."""
         threshold = self.terms.sharing.threshold
         holders = [other for other in self._masking(index) if index in self._members[other].shares]
         if len(holders) < threshold:
@@ -305,22 +316,24 @@ class SecAggServer:
             secret = combine([(other + 1, self._members[other].shares[index]) for other in holders[:threshold]])
         except PeerError as error:  # each share is the one that the dealer signed
             raise PeerError(error.refusal, f"device {index}: {error}", index) from None
-        head = self._members[index].head
-        if self._members[index].uploaded:
-            genuine = head and seed_commitment(secret, index, self.terms.digest) == head.seed_commitment
-        else:
-            genuine = head and public_half(secret) == head.mask_key
-        if not genuine:
+        if not self._is_signed(secret, index):
             raise PeerError(Refusal.SHARES, f"device {index} shared another secret than it signed", index)
         return secret
+
+    def _is_signed(self, secret: bytes, index: int) -> bool:
+        """Whether a secret is the one that its device committed to."""
+        member, plan = self._members[index], self.terms.digest
+        if member.uploaded:
+            return seed_commitment(secret, index, plan) == member.seed_commitment
+        return member.head is not None and public_half(mask_private(secret, index, plan)) == member.head.mask_key
 
     def _masking(self, index: int) -> list[int]:
         """The neighbours of a device that prepared, as it does: the ones that it masks for."""
         return [other for other in self.terms.neighbours(index) if self._members[other].head]
 
-    def _delivery(self, dealer: int, holder: int) -> Delivery:
+    def _delivery(self, dealer: int, holder: int) -> bytes:
         member, place = self._members[dealer], self._place(dealer, holder)
-        return Delivery(dealer, member.record(place), member.tree.path(place) if member.tree else b"")
+        return member.record(place) + (member.tree.path(place) if member.tree else b"")
 
     def _is_genuine(self, share: bytes, dealer: int, holder: int) -> bool:
         member = self._members[dealer]
@@ -335,7 +348,7 @@ class SecAggServer:
     def to_bytes(self) -> bytes:
         """The role's state; it holds no device's values, but the shares that devices revealed."""
         state = pb.ServerState(
-            version=FORMAT_VERSION,
+            version=STATE_VERSION,
             plan=self.terms.bytes,
             uploading=self._uploading,
             dimension=len(self._vector),
@@ -363,9 +376,9 @@ class SecAggServer:
     @classmethod
     def _restored(cls, state: pb.ServerState, roster: TrustedRoster) -> Self:
         terms = terms_of(state.plan)
-        if state.version != FORMAT_VERSION or len(state.vector) != state.dimension * terms.grid.ring.dtype.itemsize:
+        if state.version != STATE_VERSION or len(state.vector) != state.dimension * terms.grid.ring.dtype.itemsize:
             raise ValueError(f"format {state.version}, {len(state.vector)} bytes for {state.dimension} elements")
-        members = [Member.restore(roster, each) for each in state.members]
+        members = [Member.restore(roster, each, terms.digest) for each in state.members]
         if tuple(member.descriptor.index for member in members) != terms.cohort:
             raise ValueError("its members are not the round's cohort")
         keys = {member.descriptor.index: member.keys for member in members}

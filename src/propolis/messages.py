@@ -1,6 +1,6 @@
 """How the secure protocol rides on Flower's messages: what server and devices must agree on besides the protocol.
 
-Every exchange is a Flower message of the strategy's own type with a ConfigRecord that names the exchange and holds
+Every exchange is a Flower message of the strategy's own type with a ConfigRecord of one entry: the exchange's name, and
 the protocol's bytes. What else the message holds (model, configuration) is bound to the masks by its digest.
 """
 
@@ -21,7 +21,7 @@ from propolis.secure.secagg.states import Exchange
 Arrays = dict[str, NDArray[Any]]
 
 RECORD = "propolis"
-_EXCHANGE, _BODY, _BROADCAST = "exchange", "body", "model"
+_BROADCAST = "model"
 
 # In an app's configuration: whether the zeros of the model's matrices are pruned and stay zero.
 PRUNED_KEY = "pruned"
@@ -39,7 +39,7 @@ _EXCHANGES = {exchange.label: exchange for exchange in Exchange}
 
 def protocol_record(exchange: Exchange, body: bytes, broadcast: bytes = b"") -> ConfigRecord:
     """The record of one exchange: a request's, or a reply's; with the model's way to the device where it has one."""
-    record = ConfigRecord({_EXCHANGE: exchange.label, _BODY: body})
+    record = ConfigRecord({exchange.label: body})
     if broadcast:
         record[_BROADCAST] = broadcast
     return record
@@ -54,10 +54,12 @@ def open_record(content: RecordDict) -> tuple[Exchange, bytes]:
     record = content.config_records.get(RECORD)
     if record is None:
         raise PeerError(Refusal.UNPROTECTED, "the message is not part of a secure round")
-    exchange, body = record.get(_EXCHANGE), record.get(_BODY)
-    if not isinstance(exchange, str) or exchange not in _EXCHANGES or not isinstance(body, bytes):
-        raise PeerError(Refusal.MALFORMED, f"the message's record {RECORD} names no exchange of the protocol")
-    return _EXCHANGES[exchange], body
+    entries = [(name, value) for name, value in record.items() if name != _BROADCAST]
+    if len(entries) == 1:
+        ((name, body),) = entries
+        if name in _EXCHANGES and isinstance(body, bytes):
+            return _EXCHANGES[name], body
+    raise PeerError(Refusal.MALFORMED, f"the message's record {RECORD} is not one exchange of the protocol")
 
 
 def broadcast_in(content: RecordDict) -> bytes:

@@ -9,14 +9,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from protocol import Cohort, Round
+from protocol import Cohort, Round, asking
 
 from propolis.protos import identity_pb2, secagg_pb2
 from propolis.secure import labels
 from propolis.secure.errors import Refusal, RefusedError
-from propolis.secure.identity import Prekey, Root, Roster, Signed, SigningKey, sign
+from propolis.secure.identity import (
+    Prekey,
+    Root,
+    Roster,
+    Signed,
+    SigningKey,
+    fingerprint,
+    prekey_context,
+    sign,
+)
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.messages import Head, NeighbourKeys, to_bytes
+from propolis.secure.secagg.preparation import head_context
 from propolis.secure.wire import decode
 from propolis.simulations.federation import Federation
 
@@ -62,19 +72,40 @@ def read_head(signed: Signed) -> Head:
     return decode(Head, signed.payload, secagg_pb2.Head)
 
 
-def signed_head(cohort: Cohort, signer: int, head: Head, label: bytes = labels.HEAD) -> Signed:
-    return sign(label, signing_key(cohort, signer), head, secagg_pb2.Head)
+def signed_head(
+    attempt: Round,
+    signer: int,
+    head: Head,
+    label: bytes = labels.HEAD,
+    *,
+    index: int | None = None,
+    plan: bytes | None = None,
+) -> Signed:
+    """A head of the signer for this attempt; or one that is signed as another device's, or for another plan."""
+    context = head_context(signer if index is None else index, plan or attempt.terms.digest)
+    return sign(label, signing_key(attempt.cohort, signer), head, secagg_pb2.Head, *context)
 
 
-def signed_prekey(cohort: Cohort, signer: int, prekey: Prekey, label: bytes = labels.PREKEY) -> Signed:
-    return sign(label, signing_key(cohort, signer), prekey, identity_pb2.Prekey)
+def signed_prekey(
+    cohort: Cohort,
+    signer: int,
+    prekey: Prekey,
+    label: bytes = labels.PREKEY,
+    *,
+    index: int | None = None,
+    federation: bytes | None = None,
+) -> Signed:
+    """A prekey of the signer; or one that is signed as another device's, or another federation's."""
+    ours = fingerprint(cohort.federation.root_key)
+    context = prekey_context(federation or ours, signer if index is None else index)
+    return sign(label, signing_key(cohort, signer), prekey, identity_pb2.Prekey, *context)
 
 
 def prepare_with(attempt: Round, index: int, forge: Callable[[int, NeighbourKeys], Any]) -> bytes:
     """A device's prepare request, with the keys of each neighbour replaced; None leaves it out."""
     request = attempt.server.prepare_request(index)
-    forged = (forge(other, keys) for other, keys in zip(others(attempt, index), request.neighbours, strict=True))
-    return to_bytes(replace(request, neighbours=tuple(keys for keys in forged if keys is not None)))
+    forged = (forge(other, attempt.server.keys_of(other)) for other in others(attempt, index))
+    return to_bytes(asking(request.plan, request.prekey_number, [keys for keys in forged if keys is not None]))
 
 
 def upload_with(attempt: Round, index: int, forge: Callable[[Signed], Any]) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 from attacks.insiders import found, others, read_head, refuses, signed_head, signing_key, upload_with
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import Message
-from protocol import Cohort, Round, pairwise_mask
+from protocol import Cohort, Round, deliveries_in, pairwise_mask, shares_in, with_shares
 
 from propolis.protos import identity_pb2, secagg_pb2
 from propolis.secure import labels
@@ -29,30 +29,38 @@ from propolis.secure.identity import (
     agreement_key,
     descriptor_digest,
     fingerprint,
+    prekey_context,
     prove_presence,
     require_presence,
     sign,
     verify,
 )
-from propolis.secure.merkle import HASH_BYTES, MerkleTree, verify_path
+from propolis.secure.merkle import HASH_BYTES
 from propolis.secure.secagg.confirmation import confirm_alive, require_confirmation
-from propolis.secure.secagg.masks import box_info, public_half, seed_commitment, self_mask, share_hash
-from propolis.secure.secagg.member import records_of
+from propolis.secure.secagg.masks import box_info, mask_private, public_half, seed_commitment, self_mask, share_hash
 from propolis.secure.secagg.messages import (
     BOX_BYTES,
     RECORD_BYTES,
+    TAG_BYTES,
     ConfirmReply,
     Head,
     PrepareReply,
     PrepareRequest,
-    Share,
     UnmaskReply,
     UploadReply,
     from_bytes,
     to_bytes,
 )
 from propolis.secure.secagg.plan import Kind, Plan, Terms
+from propolis.secure.secagg.preparation import (
+    head_context,
+    preparation_tree,
+    records_of,
+    require_record,
+    server_record,
+)
 from propolis.secure.shamir import SHARE_BYTES
+from propolis.secure.wire import decode
 
 PAIR = b"s" * SHARE_BYTES + b"k" * SHARE_BYTES
 BASE = Cohort(4).plan()
@@ -92,6 +100,7 @@ DERIVED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]] 
         (KEY, 1, PLAN, DIGEST, b"request"),
         (OTHER_KEY, 2, DIGEST, PLAN, b"another"),
     ),
+    "mask key": (mask_private, (KEY[:16], 1, PLAN), (OTHER_KEY[:16], 2, DIGEST)),
     "seed commitment": (seed_commitment, (KEY, 1, PLAN), (OTHER_KEY, 2, DIGEST)),
     "share hash": (share_hash, (KEY, 1, 2, b"seed", PLAN), (OTHER_KEY, 2, 3, b"key", DIGEST)),
     "box": (box_info, (1, KEY, 2, KEY, PLAN), (2, OTHER_KEY, 3, OTHER_KEY, DIGEST)),
@@ -123,8 +132,8 @@ SIGNED: dict[bytes, tuple[object, type[Message]]] = {
     labels.INVITATION: (Invitation(DIGEST, 1, "name", KEY), identity_pb2.Invitation),
     labels.DESCRIPTOR: (Descriptor(DIGEST, 1, KEY, KEY), identity_pb2.Descriptor),
     labels.ROSTER: (Roster(DIGEST, 1, 1, ()), identity_pb2.Roster),
-    labels.PREKEY: (Prekey(DIGEST, 1, 1, KEY), identity_pb2.Prekey),
-    labels.HEAD: (Head(DIGEST, 1, KEY, DIGEST, DIGEST, 1, DIGEST), secagg_pb2.Head),
+    labels.PREKEY: (Prekey(1, KEY), identity_pb2.Prekey),
+    labels.HEAD: (Head(KEY, DIGEST[:HASH_BYTES]), secagg_pb2.Head),
 }
 
 
@@ -134,6 +143,23 @@ def test_a_signature_under_another_label_does_not_hold(label: bytes, other: byte
     assert verify(label, key.public, sign(label, key.private, message, proto), type(message), proto, Refusal.KEYS)
     with refuses(Refusal.KEYS, "signature"):
         verify(label, key.public, sign(other, key.private, message, proto), type(message), proto, Refusal.KEYS)
+
+
+@pytest.mark.parametrize(
+    "context", [(), (PLAN,), (KEY, PLAN), (PLAN, KEY[:-1]), (PLAN + KEY,), (PLAN, KEY, b"")], ids=len
+)
+def test_a_signature_in_another_context_does_not_hold(context: tuple[bytes, ...]) -> None:
+    """What both ends know is signed without travelling."""
+    key, (head, proto) = SigningKey.generate(), SIGNED[labels.HEAD]
+    signed = sign(labels.HEAD, key.private, head, proto, PLAN, KEY)
+    assert verify(labels.HEAD, key.public, signed, Head, proto, Refusal.KEYS, PLAN, KEY) == head
+    with refuses(Refusal.KEYS, "signature"):
+        verify(labels.HEAD, key.public, signed, Head, proto, Refusal.KEYS, *context)
+
+
+def test_the_contexts_of_heads_and_prekeys_say_whose_they_are_and_where() -> None:
+    assert len({head_context(index, plan) for index in (1, 2) for plan in (PLAN, DIGEST)}) == 4
+    assert len({prekey_context(federation, index) for index in (1, 2) for federation in (PLAN, DIGEST)}) == 4
 
 
 CONFIRMED = (PLAN, b"\x0f")
@@ -202,11 +228,11 @@ def test_a_head_of_another_plan_is_refused_by_device_and_server(change: dict[str
     attempt = cohort.round()
     attempt.prepare(silent=(1,))
     reply = from_bytes(PrepareReply, cohort.device(1).prepare(to_bytes(attempt.server.prepare_request(1))))
-    stray = signed_head(cohort, 1, replace(read_head(reply.head), plan_digest=digest))
-    with refuses(Refusal.KEYS, "of another round"):
+    stray = signed_head(attempt, 1, read_head(reply.head), plan=digest)
+    with refuses(Refusal.KEYS, "does not hold"):
         attempt.server.receive_prepare(1, replace(reply, head=stray))
     attempt.server.receive_prepare(1, reply)
-    with refuses(Refusal.KEYS, "of another round"):
+    with refuses(Refusal.KEYS, "does not hold"):
         cohort.device(0).begin_upload(upload_with(attempt, 0, lambda _: stray), DIGEST)
 
 
@@ -218,7 +244,7 @@ replayed = pytest.mark.parametrize("change", REPLAYED.values(), ids=REPLAYED)
 def test_a_head_replayed_from_another_round_is_refused(change: dict[str, Any]) -> None:
     cohort = Cohort(4)
     stray = elsewhere(cohort, {"run_id": cohort.run_id, **change} if change else {}).server._members[1].signed_head
-    with refuses(Refusal.KEYS, "of another round"):
+    with refuses(Refusal.KEYS, "does not hold"):
         cohort.device(0).begin_upload(upload_with(prepared(cohort), 0, lambda _: stray), DIGEST)
 
 
@@ -236,7 +262,7 @@ def test_a_request_of_another_round_is_refused(exchange: str, change: dict[str, 
     for name, (request, answer) in steps.items():
         if name == exchange:
             with refuses(Refusal.PHASE, "of another round"):
-                answer(to_bytes(replace(request(), plan_digest=digest)))
+                answer(to_bytes(replace(request(), round_tag=digest[:TAG_BYTES])))
             break
         getattr(attempt, name)()
         if name == "upload":
@@ -252,17 +278,19 @@ def test_the_server_takes_no_reply_of_another_round(change: dict[str, Any]) -> N
     attempt.upload(silent=(3,))
     request = to_bytes(server.upload_request(3))
     with refuses(Refusal.PHASE, "of another round"):
-        server.receive_upload(3, replace(from_bytes(UploadReply, attempt.masked(3, request)), plan_digest=digest))
+        server.receive_upload(
+            3, replace(from_bytes(UploadReply, attempt.masked(3, request)), round_tag=digest[:TAG_BYTES])
+        )
     assert 3 not in server.alive
     server.receive_upload(3, from_bytes(UploadReply, attempt.masked(3, request)))
     server.close_uploads()
     signature = confirm_alive(signing_key(cohort, 0), digest, server.confirm_request().alive)
     with refuses(Refusal.SETS, "does not hold"):
-        server.receive_confirm(0, ConfirmReply(digest, signature))
+        server.receive_confirm(0, ConfirmReply(digest[:TAG_BYTES], signature))
     attempt.confirm()
     reply = from_bytes(UnmaskReply, cohort.device(0).unmask(to_bytes(server.unmask_request(0))))
     with refuses(Refusal.PHASE, "of another round"):
-        server.receive_unmask(0, replace(reply, plan_digest=digest))
+        server.receive_unmask(0, replace(reply, round_tag=digest[:TAG_BYTES]))
     assert not server._members[0].shares
 
 
@@ -279,7 +307,7 @@ def test_a_confirmation_from_elsewhere_reveals_nothing(other: str) -> None:
         "signer": confirm_alive(signing_key(cohort, 2), plan, alive),
     }[other]
     with refuses(Refusal.SETS):
-        attempt.server.receive_confirm(1, ConfirmReply(plan, forged))
+        attempt.server.receive_confirm(1, ConfirmReply(attempt.terms.tag, forged))
     attempt.confirm()
     request = attempt.server.unmask_request(0)
     confirmations = tuple(
@@ -303,8 +331,10 @@ def dealt(cohort: Cohort, plan: Plan | None, record: Callable[[Round, bytes], by
         reply = from_bytes(PrepareReply, data)
         records = records_of(reply.deliveries)
         records[0] = record(attempt, records[0])
-        head = replace(read_head(reply.head), deliveries_root=MerkleTree(records).root)
-        return to_bytes(replace(reply, head=signed_head(cohort, 1, head), deliveries=b"".join(records)))
+        deliveries, last = b"".join(records), server_record(reply.seed_commitment, reply.next_prekey)
+        root = preparation_tree(1, attempt.terms.digest, deliveries, last).root
+        head = signed_head(attempt, 1, replace(read_head(reply.head), root=root))
+        return to_bytes(replace(reply, head=head, deliveries=deliveries))
 
     attempt.meddle = forge
     attempt.prepare()
@@ -316,8 +346,7 @@ def dealt(cohort: Cohort, plan: Plan | None, record: Callable[[Round, bytes], by
 
 def revealed(attempt: Round) -> dict[int, bytes]:
     """The shares that device 0 reveals, by dealer."""
-    reply = attempt.cohort.device(0).unmask(to_bytes(attempt.server.unmask_request(0)))
-    return {share.dealer: share.value for share in from_bytes(UnmaskReply, reply).shares}
+    return revealed_by(attempt, 0)
 
 
 def record_of_pair(info: Callable[[bytes, bytes, bytes], bytes]) -> Callable[[Round, bytes], bytes]:
@@ -327,7 +356,7 @@ def record_of_pair(info: Callable[[bytes, bytes, bytes], bytes]) -> Callable[[Ro
         devices = attempt.cohort.federation.devices
         digests = (descriptor_digest(devices[index].descriptor) for index in (1, 0))
         signed = attempt.server._members[0].keys.prekey
-        prekey = verify(labels.PREKEY, devices[0].signing_key.public, signed, Prekey, identity_pb2.Prekey, Refusal.KEYS)
+        prekey = decode(Prekey, signed.payload, identity_pb2.Prekey)
         return seal(PAIR, prekey.public_key, info(*digests, attempt.terms.digest)) + honest[BOX_BYTES:]
 
     return make
@@ -390,14 +419,14 @@ def delivered(change: Callable[[Round, Any], Any], **plan: Any) -> tuple[Round, 
     attempt.upload()
     attempt.server.close_uploads()
     request = attempt.server.unmask_request(0)
-    forged = (change(attempt, request.deliveries[0]), *request.deliveries[1:])
-    return attempt, to_bytes(replace(request, deliveries=forged))
+    first, *rest = deliveries_in(request, attempt.terms, 0, attempt.masking(0))
+    return attempt, to_bytes(replace(request, deliveries=b"".join([change(attempt, first), *rest])))
 
 
-def with_bit_flipped(delivery: Any, bit: int) -> Any:
-    record = bytearray(delivery.record)
-    record[bit // 8] ^= 1 << bit % 8
-    return replace(delivery, record=bytes(record))
+def with_bit_flipped(delivery: bytes, bit: int) -> bytes:
+    changed = bytearray(delivery)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 @pytest.mark.parametrize(
@@ -413,14 +442,14 @@ def test_a_record_with_a_flipped_bit_is_refused(bit: int) -> None:
     "change",
     [
         lambda attempt, delivery: attempt.server._delivery(2, 0),
-        lambda attempt, delivery: replace(attempt.server._delivery(2, 0), dealer=1),
+        lambda attempt, delivery: attempt.server._delivery(3, 0),
         lambda attempt, delivery: attempt.server._delivery(1, 2),
         lambda attempt, delivery: attempt.server._delivery(1, 3),
-        lambda attempt, delivery: replace(delivery, path=delivery.path[:-HASH_BYTES]),
-        lambda attempt, delivery: replace(delivery, path=delivery.path + bytes(HASH_BYTES)),
-        lambda attempt, delivery: replace(delivery, path=b""),
+        lambda attempt, delivery: delivery[:-HASH_BYTES],
+        lambda attempt, delivery: delivery + bytes(HASH_BYTES),
+        lambda attempt, delivery: delivery[:RECORD_BYTES],
     ],
-    ids=["twice", "dealer", "receiver 2", "receiver 3", "short path", "long path", "no path"],
+    ids=["dealer 2", "dealer 3", "receiver 2", "receiver 3", "short path", "long path", "no path"],
 )
 def test_a_record_that_its_dealer_did_not_sign_for_this_device_is_refused(change: Callable[[Round, Any], Any]) -> None:
     attempt, request = delivered(change)
@@ -442,10 +471,16 @@ def test_one_record_is_verified_alone(holder: int) -> None:
     head, delivery = attempt.server._members[1].head, attempt.server._delivery(1, holder)
     assert head is not None
     position = others(attempt, 1).index(holder)
-    verify_path(head.deliveries_root, delivery.record, position, 3, delivery.path)
-    for place, record in ((position, with_bit_flipped(delivery, 0).record), ((position + 1) % 3, delivery.record)):
+    record, path, plan = delivery[:RECORD_BYTES], delivery[RECORD_BYTES:], attempt.terms.digest
+    require_record(head.root, 1, plan, position, 3, record, path)
+    for dealer, context, place, forged in (
+        (1, plan, position, with_bit_flipped(record, 0)),
+        (1, plan, (position + 1) % 3, record),
+        (2, plan, position, record),
+        (1, DIGEST, position, record),
+    ):
         with refuses(Refusal.SHARES):
-            verify_path(head.deliveries_root, record, place, 3, delivery.path)
+            require_record(head.root, dealer, context, place, 3, forged, path)
 
 
 # Shares, at the server. Device 1 signs a hash of its share for device 0 in a context of its choice.
@@ -472,7 +507,7 @@ def test_a_share_is_taken_in_its_own_context_only(context: tuple[int, int, bytes
         return honest[:BOX_BYTES] + in_context + honest[BOX_BYTES + HASH_BYTES :]
 
     attempt = dealt(Cohort(4), None, with_hash)
-    reply = UnmaskReply(attempt.terms.digest, (Share(1, share),))
+    reply = with_shares(UnmaskReply(attempt.terms.tag, b"", b""), attempt.masking(0), {1: share})
     attempt.server.receive_unmask(0, reply)
     assert (1 in attempt.server._members[0].shares) is taken
 
@@ -485,13 +520,14 @@ def test_a_share_of_another_dealer_holder_or_round_is_dropped(source: str) -> No
         each.server.close_uploads()
     ours, theirs, olds = (revealed_by(each, holder) for each, holder in ((attempt, 0), (attempt, 2), (old, 0)))
     stray = {"dealer": ours[3], "holder": theirs[1], "round": olds[1]}[source]
-    attempt.server.receive_unmask(0, UnmaskReply(attempt.terms.digest, (Share(1, stray), Share(2, ours[2]))))
+    reply = with_shares(UnmaskReply(attempt.terms.tag, b"", b""), attempt.masking(0), {1: stray, 2: ours[2]})
+    attempt.server.receive_unmask(0, reply)
     assert attempt.server._members[0].shares == {2: ours[2]}
 
 
 def revealed_by(attempt: Round, holder: int) -> dict[int, bytes]:
     reply = attempt.cohort.device(holder).unmask(to_bytes(attempt.server.unmask_request(holder)))
-    return {share.dealer: share.value for share in from_bytes(UnmaskReply, reply).shares}
+    return shares_in(from_bytes(UnmaskReply, reply), attempt.masking(holder))
 
 
 # Prepare requests.

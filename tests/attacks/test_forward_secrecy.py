@@ -17,8 +17,9 @@ from propolis.secure.errors import PeerError
 from propolis.secure.identity import Prekey, Signed, descriptor_digest
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.masks import box_info, public_half
-from propolis.secure.secagg.member import records_of
 from propolis.secure.secagg.messages import BOX_BYTES, PrepareReply, from_bytes
+from propolis.secure.secagg.preparation import records_of
+from propolis.secure.shamir import SECRET_BYTES
 from propolis.secure.wire import decode
 
 DEVICES = 3
@@ -82,7 +83,7 @@ def keys_by_name(states: Iterable[bytes]) -> set[bytes]:
     for data in states:
         state = DeviceState.from_bytes(data)
         under_way = secagg_pb2.ClientState.FromString(state.round)
-        found |= {state.prekey_private, state.hpke_private, under_way.prekey_private, under_way.mask_private}
+        found |= {state.prekey_private, state.hpke_private, under_way.prekey_private}
     return found - {b""}
 
 
@@ -159,7 +160,7 @@ def test_no_secret_of_a_closed_round_is_left_in_any_state(finished: bool) -> Non
     cohort = Cohort(DEVICES)
     attacker = a_round(cohort)
     rounds = [secagg_pb2.ClientState.FromString(device.round) for device in cohort.federation.devices]
-    secrets = [secret for state in rounds for secret in (state.prekey_private, state.mask_private, state.seed)]
+    secrets = [secret for state in rounds for secret in (state.prekey_private, state.mask_secret, state.seed)]
     assert all(any(secret in state for state in stored(cohort)) for secret in secrets)
     if finished:
         finish(attacker)
@@ -172,8 +173,8 @@ def test_what_masks_were_made_of_is_gone_after_upload() -> None:
     attacker = a_round(cohort)
     rounds = [secagg_pb2.ClientState.FromString(device.round) for device in cohort.federation.devices]
     attacker.attempt.upload()
-    secrets = [secret for state in rounds for secret in (state.mask_private, state.seed)]
-    assert all(len(secret) == KEY_BYTES for secret in secrets)
+    secrets = [secret for state in rounds for secret in (state.mask_secret, state.seed)]
+    assert all(len(secret) == SECRET_BYTES for secret in secrets)
     assert not any(secret in state for state in stored(cohort) for secret in secrets)
 
 

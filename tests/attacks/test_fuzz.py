@@ -21,7 +21,7 @@ from protocol import SHARED_INPUT, Cohort, Round
 from propolis.protos import identity_pb2, secagg_pb2
 from propolis.secure import labels
 from propolis.secure.errors import PropolisError, RefusedError
-from propolis.secure.identity import Descriptor, Invitation, Prekey, Roster, Signed, SigningKey
+from propolis.secure.identity import Descriptor, Invitation, Prekey, Roster, Signed, SigningKey, prekey_context
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.device_state import DeviceState
@@ -31,7 +31,6 @@ from propolis.secure.secagg.messages import (
     Head,
     HelloReply,
     HelloRequest,
-    NeighbourKeys,
     PrepareReply,
     PrepareRequest,
     UnmaskReply,
@@ -41,6 +40,7 @@ from propolis.secure.secagg.messages import (
     to_bytes,
 )
 from propolis.secure.secagg.plan import Plan, Terms
+from propolis.secure.secagg.preparation import head_context
 from propolis.secure.secagg.server import SecAggServer
 from propolis.secure.wire import decode, encode
 
@@ -321,9 +321,9 @@ def at_server(exchange: str) -> AtServer:
 # Members: payloads are changed first and signed then, with the key that the others expect.
 
 
-def signed(label: bytes, private: bytes, payload: bytes) -> Signed:
+def signed(label: bytes, private: bytes, payload: bytes, *context: bytes) -> Signed:
     key = Ed25519PrivateKey.from_private_bytes(private)
-    return Signed(payload, key.sign(labels.joined(label, payload)))
+    return Signed(payload, key.sign(labels.joined(label, *context, payload)))
 
 
 def first(cls: type, step: str) -> Any:
@@ -334,20 +334,17 @@ def hello_with_roster(payload: bytes) -> bytes:
     return to_bytes(HelloRequest(signed(labels.ROSTER, recorded().founded.root._key.private, payload), CHALLENGE))
 
 
-def prepare_with(**changes: Callable[[NeighbourKeys], Signed]) -> bytes:
-    request: PrepareRequest = first(PrepareRequest, "prepare_request")
-    keys = request.neighbours[0]
-    forged = replace(keys, **{name: forge(keys) for name, forge in changes.items()})
-    return to_bytes(replace(request, neighbours=(forged, *request.neighbours[1:])))
-
-
 def prepare_with_descriptor(payload: bytes) -> bytes:
-    key = recorded().founded.invitations[1].private
-    return prepare_with(descriptor=lambda _: signed(labels.DESCRIPTOR, key, payload))
+    request: PrepareRequest = first(PrepareRequest, "prepare_request")
+    forged = signed(labels.DESCRIPTOR, recorded().founded.invitations[1].private, payload)
+    return to_bytes(replace(request, descriptors=(forged, *request.descriptors[1:])))
 
 
 def prepare_with_prekey(payload: bytes) -> bytes:
-    return prepare_with(prekey=lambda _: signed(labels.PREKEY, private_of(1), payload))
+    request: PrepareRequest = first(PrepareRequest, "prepare_request")
+    context = prekey_context(recorded().founded.root.federation, 1)
+    forged = signed(labels.PREKEY, private_of(1), payload, *context)
+    return to_bytes(replace(request, prekeys=(forged, *request.prekeys[1:])))
 
 
 def prepare_with_plan(payload: bytes) -> bytes:
@@ -356,12 +353,14 @@ def prepare_with_plan(payload: bytes) -> bytes:
 
 def upload_with_head(payload: bytes) -> bytes:
     request: UploadRequest = first(UploadRequest, "upload_request")
-    return to_bytes(replace(request, heads=(signed(labels.HEAD, private_of(1), payload), *request.heads[1:])))
+    forged = signed(labels.HEAD, private_of(1), payload, *head_context(1, recorded().attempt.terms.digest))
+    return to_bytes(replace(request, heads=(forged, *request.heads[1:])))
 
 
 def preparation_with_head(payload: bytes) -> bytes:
     reply: PrepareReply = first(PrepareReply, "prepare_reply")
-    return to_bytes(replace(reply, head=signed(labels.HEAD, private_of(0), payload)))
+    context = head_context(0, recorded().attempt.terms.digest)
+    return to_bytes(replace(reply, head=signed(labels.HEAD, private_of(0), payload, *context)))
 
 
 def private_of(index: int) -> bytes:

@@ -17,7 +17,7 @@ from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.client import SecAggClient
-from propolis.secure.secagg.masks import public_half, self_mask
+from propolis.secure.secagg.masks import mask_private, public_half, self_mask
 from propolis.secure.secagg.messages import UploadReply, from_bytes, to_bytes
 from propolis.secure.secagg.plan import Terms
 
@@ -151,7 +151,7 @@ def test_a_victim_that_is_called_dropped_is_left_out_and_stays_hidden(victim: in
     played.server.close_uploads()
     played.unmask()
     assert set(played.server.sum(SHARED_INPUT)[0]) == {sum(range(7)) - victim}
-    key = played.server._reconstruct(victim)
+    key = mask_private(played.server._reconstruct(victim), victim, played.terms.digest)
     for other in range(7):
         if other != victim:
             head = played.server._members[other].head
@@ -199,6 +199,6 @@ def test_devices_that_were_told_different_plans_never_mask_for_each_other(change
     request = played.server.upload_request(0)
     role.check_upload(request)
     role.terms = other
-    with pytest.raises(TrustError, match="another round or plan") as caught:
-        role.check_upload(replace(request, plan_digest=other.digest))
+    with pytest.raises(TrustError, match="does not hold") as caught:
+        role.check_upload(replace(request, round_tag=other.tag, heads=request.heads[: len(other.neighbours(0))]))
     assert caught.value.refusal is Refusal.KEYS

@@ -10,14 +10,16 @@ from attacks.insiders import (
     YEAR_S,
     Founded,
     found,
+    others,
     prepare_with,
     read_head,
     refuses,
     signed_head,
     signed_prekey,
+    signing_key,
     upload_with,
 )
-from protocol import SHARED_INPUT, Cohort, Round
+from protocol import SHARED_INPUT, Cohort, Round, asking
 
 from propolis.protos import identity_pb2
 from propolis.secure import labels
@@ -31,23 +33,23 @@ from propolis.secure.identity import (
     Signed,
     SigningKey,
     agreement_key,
+    announce_prekey,
     fingerprint,
+    prekey_context,
     sign,
 )
-from propolis.secure.merkle import MerkleTree
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.masks import public_half
-from propolis.secure.secagg.member import records_of
 from propolis.secure.secagg.messages import (
     RECORD_BYTES,
     HelloRequest,
     NeighbourKeys,
     PrepareReply,
-    PrepareRequest,
     from_bytes,
     to_bytes,
 )
+from propolis.secure.secagg.preparation import preparation_tree, records_of, server_record
 from propolis.secure.secagg.server import SecAggServer
 from propolis.secure.wire import decode
 
@@ -186,20 +188,14 @@ def test_a_plan_for_another_roster_is_refused(change: dict[str, object]) -> None
         ask_to_prepare(Cohort(4).round(**change))
 
 
-@pytest.mark.parametrize("seen", [1, 2**61])
-def test_a_neighbour_that_has_seen_a_newer_roster_ends_the_round(seen: int) -> None:
-    attempt = prepared(found().cohort())
-    with refuses(Refusal.ROSTER, "has seen roster"):
-        ask_to_upload(attempt, having_seen(attempt, attempt.cohort.roster.number + seen))
-
-
-def test_a_neighbour_that_has_seen_an_older_roster_does_not() -> None:
-    attempt = prepared(found().cohort())
-    ask_to_upload(attempt, having_seen(attempt, 1))
-
-
-def having_seen(attempt: Round, number: int) -> Callable[[Signed], Signed]:
-    return lambda signed: signed_head(attempt.cohort, 1, replace(read_head(signed), roster_number=number))
+def test_a_device_that_has_seen_a_newer_roster_signs_nothing_for_an_older_one() -> None:
+    """So whoever signs a head has seen no roster that is newer than the plan's, of which its signature is."""
+    founded = found()
+    cohort = founded.cohort()
+    attempt = cohort.round()
+    greet(cohort, of_number(founded, 99))
+    with refuses(Refusal.ROSTER, "not for 99"):
+        ask_to_prepare(attempt)
 
 
 # Descriptors, through prepare. Device 0 is the one that is lied to, about device 1.
@@ -240,7 +236,7 @@ def test_a_forged_descriptor_is_refused(forge: Callable[[Founded, NeighbourKeys]
 
     def forged(keys: NeighbourKeys) -> NeighbourKeys:
         descriptor = forge(founded, keys)
-        prekey = sign(labels.PREKEY, SERVER.private, prekey_of(keys), identity_pb2.Prekey)
+        prekey = by_server(attempt.cohort, prekey_of(keys))
         return NeighbourKeys(descriptor, prekey if SERVER.public in descriptor.payload else keys.prekey)
 
     with refuses(Refusal.IDENTITY):
@@ -274,7 +270,8 @@ def test_neighbours_that_are_not_those_of_the_graph_are_refused(forge: Callable[
 
 def with_one_more(attempt: Round, index: int) -> bytes:
     request = attempt.server.prepare_request(0)
-    return to_bytes(replace(request, neighbours=(*request.neighbours, attempt.server._members[index].keys)))
+    keys = [attempt.server.keys_of(other) for other in (*others(attempt, 0), index)]
+    return to_bytes(asking(request.plan, request.prekey_number, keys))
 
 
 def second_self(founded: Founded, index: int) -> NeighbourKeys:
@@ -284,7 +281,7 @@ def second_self(founded: Founded, index: int) -> NeighbourKeys:
     descriptor = Descriptor(federation, index, signing.public, hpke)
     return NeighbourKeys(
         sign(labels.DESCRIPTOR, invitation_key.private, descriptor, identity_pb2.Descriptor),
-        sign(labels.PREKEY, signing.private, Prekey(federation, index, number, prekey), identity_pb2.Prekey),
+        announce_prekey(signing, Descriptor(federation, index, signing.public, hpke), number, prekey),
     )
 
 
@@ -310,9 +307,11 @@ def test_two_descriptors_of_one_invitation_are_refused_in_one_round() -> None:
     founded = found()
     attempt = founded.cohort().round()
     request = attempt.server.prepare_request(0)
-    both = to_bytes(replace(request, neighbours=(second_self(founded, 1), *request.neighbours)))
-    with refuses(Refusal.SETS):
-        attempt.cohort.device(0).prepare(both)
+    second = second_self(founded, 1)
+    for descriptors in ((second.descriptor, *request.descriptors), (*request.descriptors, second.descriptor)):
+        both = to_bytes(replace(request, descriptors=descriptors))
+        with refuses(Refusal.SETS):
+            attempt.cohort.device(0).prepare(both)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +326,7 @@ def test_a_revoked_device_is_refused(revoked: int, members: tuple[int, ...]) -> 
     keys = [cohort.hello(index) for index in range(4)]
     plan = cohort.plan(cohort=members).to_bytes()
     with refuses(Refusal.IDENTITY, "revoked"):
-        cohort.device(0).prepare(to_bytes(PrepareRequest(plan, prekey_of(keys[0]).number, tuple(keys[1:]))))
+        cohort.device(0).prepare(to_bytes(asking(plan, prekey_of(keys[0]).number, keys[1:])))
 
 
 # Prekeys, through prepare.
@@ -345,12 +344,21 @@ def new_prekey(keys: NeighbourKeys, **changes: object) -> Prekey:
     return replace(prekey_of(keys), **{"public_key": agreement_key()[1], **changes})
 
 
+def by_server(cohort: Cohort, prekey: Prekey) -> Signed:
+    context = prekey_context(fingerprint(cohort.federation.root_key), 1)
+    return sign(labels.PREKEY, SERVER.private, prekey, identity_pb2.Prekey, *context)
+
+
 FORGED_PREKEYS: dict[str, Callable[[Cohort, NeighbourKeys], Signed]] = {
-    "made by the server": lambda c, keys: sign(labels.PREKEY, SERVER.private, new_prekey(keys), identity_pb2.Prekey),
+    "made by the server": lambda c, keys: by_server(c, new_prekey(keys)),
     "signed by another device": lambda c, keys: signed_prekey(c, 2, new_prekey(keys)),
     "of another device": lambda c, keys: c.hello(2).prekey,
-    "naming another device": lambda c, keys: signed_prekey(c, 1, new_prekey(keys, index=2)),
-    "of another federation": lambda c, keys: signed_prekey(c, 1, new_prekey(keys, federation=b"f" * 32)),
+    "signed as another device's": lambda c, keys: signed_prekey(c, 1, new_prekey(keys), index=2),
+    "signed by another device as this one's": lambda c, keys: signed_prekey(c, 2, new_prekey(keys), index=1),
+    "of another federation": lambda c, keys: signed_prekey(c, 1, new_prekey(keys), federation=b"f" * 32),
+    "signed without saying whose it is": lambda c, keys: sign(
+        labels.PREKEY, signing_key(c, 1), new_prekey(keys), identity_pb2.Prekey
+    ),
     "under another label": lambda c, keys: signed_prekey(c, 1, new_prekey(keys), labels.HEAD),
     "with another key": lambda c, keys: tampered(keys.prekey),
     "unsigned": lambda c, keys: unsigned(keys.prekey),
@@ -439,7 +447,7 @@ def ask_to_upload(attempt: Round, forge: Callable[[Signed], object]) -> None:
 
 
 def with_mask_key(attempt: Round, mask_key: bytes) -> Callable[[Signed], Signed]:
-    return lambda signed: signed_head(attempt.cohort, 1, replace(read_head(signed), mask_key=mask_key))
+    return lambda signed: signed_head(attempt, 1, replace(read_head(signed), mask_key=mask_key))
 
 
 def mask_key(attempt: Round, index: int) -> bytes:
@@ -475,21 +483,18 @@ FORGED_HEADS: dict[str, tuple[Refusal, Callable[[Round, Signed], Signed]]] = {
     ),
     "unsigned": (Refusal.KEYS, lambda _, signed: unsigned(signed)),
     "tampered": (Refusal.KEYS, lambda _, signed: tampered(signed)),
-    "signed by another device": (Refusal.KEYS, lambda a, signed: signed_head(a.cohort, 2, read_head(signed))),
+    "signed by another device": (Refusal.KEYS, lambda a, signed: signed_head(a, 2, read_head(signed), index=1)),
     "under another label": (
         Refusal.KEYS,
-        lambda a, signed: signed_head(a.cohort, 1, read_head(signed), labels.CONFIRMATION),
+        lambda a, signed: signed_head(a, 1, read_head(signed), labels.CONFIRMATION),
     ),
     "of another plan": (
         Refusal.KEYS,
-        lambda a, signed: signed_head(a.cohort, 1, replace(read_head(signed), plan_digest=b"p" * 32)),
+        lambda a, signed: signed_head(a, 1, read_head(signed), plan=b"p" * 32),
     ),
-    "of the device itself": (Refusal.SETS, lambda a, _: a.server._members[0].signed_head),  # type: ignore[dict-item]
-    "of no neighbour": (
-        Refusal.SETS,
-        lambda a, signed: signed_head(a.cohort, 1, replace(read_head(signed), index=9)),
-    ),
-    "of another neighbour": (Refusal.SETS, lambda a, _: a.server._members[2].signed_head),  # type: ignore[dict-item]
+    "of the device itself": (Refusal.KEYS, lambda a, _: a.server._members[0].signed_head),  # type: ignore[dict-item]
+    "signed as another device's": (Refusal.KEYS, lambda a, signed: signed_head(a, 1, read_head(signed), index=2)),
+    "of another neighbour": (Refusal.KEYS, lambda a, _: a.server._members[2].signed_head),  # type: ignore[dict-item]
 }
 
 
@@ -508,24 +513,28 @@ def reply_of(attempt: Round, index: int) -> PrepareReply:
     return from_bytes(PrepareReply, attempt.cohort.device(index).prepare(request))
 
 
-def resigned(attempt: Round, reply: PrepareReply, signer: int = 1, **changes: object) -> PrepareReply:
-    return replace(reply, head=signed_head(attempt.cohort, signer, replace(read_head(reply.head), **changes)))
+def resigned(
+    attempt: Round, reply: PrepareReply, signer: int = 1, index: int = 1, plan: bytes | None = None, **changes: object
+) -> PrepareReply:
+    head = replace(read_head(reply.head), **changes)
+    return replace(reply, head=signed_head(attempt, signer, head, index=index, plan=plan))
 
 
 def with_records(attempt: Round, reply: PrepareReply, records: list[bytes]) -> PrepareReply:
-    honest = resigned(attempt, reply, deliveries_root=MerkleTree(records).root)
-    return replace(honest, deliveries=b"".join(records))
+    deliveries, last = b"".join(records), server_record(reply.seed_commitment, reply.next_prekey)
+    honest = resigned(attempt, reply, root=preparation_tree(1, attempt.terms.digest, deliveries, last).root)
+    return replace(honest, deliveries=deliveries)
 
 
 FORGED_PREPARATIONS: dict[str, tuple[Refusal, Callable[[Round, PrepareReply], PrepareReply]]] = {
     "of another device": (Refusal.KEYS, lambda a, _: reply_of(a, 2)),
-    "naming another device": (Refusal.KEYS, lambda a, r: resigned(a, r, index=2)),
+    "signed as another device's": (Refusal.KEYS, lambda a, r: resigned(a, r, index=2)),
     "signed by another device": (Refusal.KEYS, lambda a, r: resigned(a, r, signer=2)),
-    "of another plan": (Refusal.KEYS, lambda a, r: resigned(a, r, plan_digest=b"p" * 32)),
+    "of another plan": (Refusal.KEYS, lambda a, r: resigned(a, r, plan=b"p" * 32)),
     "unsigned": (Refusal.KEYS, lambda _, r: replace(r, head=unsigned(r.head))),
     "under another label": (
         Refusal.KEYS,
-        lambda a, r: replace(r, head=signed_head(a.cohort, 1, read_head(r.head), labels.PREKEY)),
+        lambda a, r: replace(r, head=signed_head(a, 1, read_head(r.head), labels.PREKEY)),
     ),
     "with a record that was not signed": (
         Refusal.SHARES,
@@ -542,8 +551,8 @@ FORGED_PREPARATIONS: dict[str, tuple[Refusal, Callable[[Round, PrepareReply], Pr
     ),
     "with a copied mask key": (Refusal.KEYS, lambda a, r: resigned(a, r, mask_key=mask_key(a, 0))),
     "with a mask key of low order": (Refusal.KEYS, lambda a, r: resigned(a, r, mask_key=bytes(32))),
-    "with another next prekey": (Refusal.KEYS, lambda a, r: replace(r, next_prekey=tampered(r.next_prekey))),
-    "having seen a newer roster": (Refusal.ROSTER, lambda a, r: resigned(a, r, roster_number=99)),
+    "with another next prekey": (Refusal.SHARES, lambda a, r: replace(r, next_prekey=tampered(r.next_prekey))),
+    "with another seed commitment": (Refusal.SHARES, lambda a, r: replace(r, seed_commitment=bytes(16))),
 }
 
 
@@ -572,7 +581,8 @@ def test_the_server_takes_one_preparation_of_each_device(forge: Callable[[Round,
 
 
 def made_by_server(keys: NeighbourKeys) -> NeighbourKeys:
-    prekey = sign(labels.PREKEY, SERVER.private, prekey_of(keys), identity_pb2.Prekey)
+    descriptor = decode(Descriptor, keys.descriptor.payload, identity_pb2.Descriptor)
+    prekey = announce_prekey(SERVER, descriptor, prekey_of(keys).number, prekey_of(keys).public_key)
     return NeighbourKeys(described_by(SERVER, keys), prekey)
 
 

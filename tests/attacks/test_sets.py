@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -10,15 +11,17 @@ from typing import Any
 
 import pytest
 from attacks.insiders import read_head, signed_head
-from protocol import SHARED_INPUT, UNLIMITED, Cohort, Round, plain_encoding
+from protocol import SHARED_INPUT, UNLIMITED, Cohort, Round, asking, plain_encoding, shares_in
 
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
-from propolis.secure.secagg.client import SecAggClient
+from propolis.secure.identity import Signed, agreement_key
+from propolis.secure.secagg.client import Neighbour, Own, SecAggClient
 from propolis.secure.secagg.confirmation import confirm_alive
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.masks import public_half
 from propolis.secure.secagg.messages import (
     RECORD_BYTES,
+    TAG_BYTES,
     Confirmation,
     ConfirmReply,
     ConfirmRequest,
@@ -29,6 +32,7 @@ from propolis.secure.secagg.messages import (
     UnmaskRequest,
     UploadRequest,
     from_bytes,
+    marks,
     to_bitmap,
     to_bytes,
 )
@@ -38,6 +42,7 @@ from propolis.secure.secagg.server import SecAggServer
 
 # Of the roster's 11 devices, 10 are the cohort; 9 is silent at prepare, 8 at upload. Each has k = 9 neighbours and
 # needs t = 7 of them; device 0 masks for 1..8, of whom 1..7 are alive: just enough.
+MASKING = range(1, 9)
 ALIVE, DROPPED, UNPREPARED, STRANGER, NOBODY = tuple(range(8)), (8,), 9, 10, 2**20 - 1
 THRESHOLD = 7
 SPARSE = {"corrupted_ppm": 50_000, "dropped_ppm": 100_000}
@@ -68,30 +73,18 @@ def refusal_of(answer: Callable[[bytes], object], request: object) -> RefusedErr
     return caught.value
 
 
-def told(alive: Collection[int], dropped: Collection[int]) -> Lie:
-    return lambda request: replace(request, alive=tuple(alive), dropped=tuple(dropped))
+def told(dropped: Collection[int], masking: Sequence[int] = MASKING) -> Lie:
+    return lambda request: replace(request, dropped=marks(dropped, masking))
 
 
-# Alive and dropped.
+# Alive and dropped. A request can only mark which of 1..8 dropped: nobody is in both sets, and nobody is left out.
 
 IMPOSSIBLE = {
-    "one in both sets": (told(ALIVE, (1, 8)), "named twice"),
-    "all in both sets": (told((*ALIVE, 8), (*ALIVE, 8)), "named twice"),
-    "the alive twice": (told((*ALIVE, 1), DROPPED), "named twice"),
-    "itself alive twice": (told((*ALIVE, 0), DROPPED), "named twice"),
-    "the dropped twice": (told(ALIVE, (8, 8)), "named twice"),
-    "one twice in place of another": (told((0, 1, 2, 3, 4, 5, 6, 6), DROPPED), "named twice"),
-    "an alive one left out": (told(ALIVE[:-1], DROPPED), "not the neighbours that this device masked for"),
-    "a dropped one left out": (told(ALIVE, ()), "not the neighbours that this device masked for"),
-    "itself left out": (told(ALIVE[1:], DROPPED), "not the neighbours that this device masked for"),
-    "an unprepared one alive": (told((*ALIVE, UNPREPARED), DROPPED), "not the neighbours that this device masked for"),
-    "an unprepared one dropped": (told(ALIVE, (8, UNPREPARED)), "not the neighbours that this device masked for"),
-    "a stranger alive": (told((*ALIVE, STRANGER), DROPPED), "not the neighbours that this device masked for"),
-    "a stranger dropped": (told(ALIVE, (8, STRANGER)), "not the neighbours that this device masked for"),
-    "nobody alive": (told((*ALIVE, NOBODY), DROPPED), "not the neighbours that this device masked for"),
-    "itself dropped": (told(ALIVE[1:], (0, 8)), "own update is called dropped"),
-    "one too few alive": (told(ALIVE[:-1], (7, 8)), "6 neighbours are alive, 7 are needed"),
-    "two alive": (told((0, 1), range(2, 9)), "1 neighbours are alive, 7 are needed"),
+    "one too few alive": (told((7, 8)), "6 neighbours are alive, 7 are needed"),
+    "one alive": (told(range(2, 9)), "1 neighbours are alive, 7 are needed"),
+    "a bit too many": (lambda request: replace(request, dropped=b"\0\1"), "does not fit 8 devices"),
+    "a byte too many": (lambda request: replace(request, dropped=b"\1\0"), "does not fit 8 devices"),
+    "a bitmap of nobody": (lambda request: replace(request, dropped=b"\0"), "does not fit 8 devices"),
 }
 
 
@@ -104,27 +97,26 @@ def test_impossible_sets_are_refused_and_cost_nothing(lie: Lie, message: str) ->
     assert error.refusal is Refusal.SETS
     assert message in str(error)
     reply = from_bytes(UnmaskReply, played.cohort.device(0).unmask(to_bytes(genuine)))
-    assert [share.dealer for share in reply.shares] == list(range(1, 9))
+    assert list(shares_in(reply, MASKING)) == list(MASKING)
 
 
 @pytest.mark.parametrize("number", [3, 4, 7, 10])
-def test_a_device_that_others_call_dropped_reveals_nothing(number: int) -> None:
-    """Whoever it is that the server excludes, every device insists on being in the sum that it unmasks."""
+def test_a_device_insists_on_being_in_the_sum_that_it_unmasks(number: int) -> None:
+    """A request in which it dropped is one to somebody else, and has no records for it."""
     played = Cohort(number).round()
     played.prepare()
     played.upload()
-    for index in range(number):
-        others = [other for other in range(number) if other != index]
-        error = refusal_of(played.cohort.device(index).unmask, told(others, [index])(played.server.unmask_request(0)))
-        assert error.refusal is Refusal.SETS
+    for index in range(1, number):
+        lie = replace(played.server.unmask_request(0), dropped=marks([index], played.masking(0)))
+        assert refusal_of(played.cohort.device(index).unmask, lie).refusal in (Refusal.SHARES, Refusal.SETS)
 
 
-@pytest.mark.parametrize("alive", [(), (0,), (8,)], ids=["nobody", "itself", "another"])
+@pytest.mark.parametrize("alive", [(), (8,)], ids=["itself", "another"])
 def test_a_sum_of_one_is_not_unmasked_whatever_the_policy(alive: tuple[int, ...]) -> None:
     played = uploaded()
-    lie = told(alive, set(range(9)) - set(alive))
+    lie = told(set(MASKING) - set(alive))
     error = refusal_of(played.cohort.device(0).unmask, lie(played.server.unmask_request(0)))
-    assert error.refusal is Refusal.POLICY
+    assert error.refusal is (Refusal.SETS if alive else Refusal.POLICY)
 
 
 @pytest.mark.parametrize("fewest", [8, 9])
@@ -147,8 +139,8 @@ def request_of(exchange: str, played: Round) -> object:
     server = played.server
     requests: dict[str, Callable[[], object]] = {
         "upload": lambda: server.upload_request(0),
-        "confirm": lambda: ConfirmRequest(played.terms.digest, to_bitmap(range(9), 11)),
-        "unmask": lambda: told(range(9), ())(server.unmask_request(0)),
+        "confirm": lambda: ConfirmRequest(played.terms.tag, to_bitmap(range(9), 11)),
+        "unmask": lambda: told(())(server.unmask_request(0)),
     }
     return requests[exchange]()
 
@@ -229,7 +221,7 @@ def test_without_a_round_nothing_is_answered(exchange: str) -> None:
 )
 def test_requests_of_another_round_are_refused_by_device_and_role(until: str, exchange: str) -> None:
     played = begin(malicious=True, until=until)
-    request = replace(request_of(exchange, played), plan_digest=b"x" * 32)  # type: ignore[type-var]
+    request = replace(request_of(exchange, played), round_tag=b"x" * TAG_BYTES)  # type: ignore[type-var]
     device = played.cohort.device(0)
     answer = (lambda data: device.begin_upload(data, SHARED_INPUT)) if exchange == "upload" else None
     assert refusal_of(answer or getattr(device, exchange), request).refusal is Refusal.PHASE
@@ -241,7 +233,7 @@ def test_requests_of_another_round_are_refused_by_device_and_role(until: str, ex
 
 def test_a_request_of_another_round_is_no_second_request_of_this_one() -> None:
     played = begin(malicious=False, until="unmasked")
-    request = replace(played.server.unmask_request(0), plan_digest=b"x" * 32)
+    request = replace(played.server.unmask_request(0), round_tag=b"x" * TAG_BYTES)
     assert refusal_of(played.cohort.device(0).unmask, request).refusal is Refusal.PHASE
 
 
@@ -254,15 +246,20 @@ def test_a_device_outside_of_any_round_has_no_terms() -> None:
 # Neighbours that prepared.
 
 
-def heads_refused(played: Round, heads: Callable[[tuple[Any, ...]], tuple[Any, ...]], index: int = 0) -> RefusedError:
-    genuine = played.server.upload_request(index)
-    request = UploadRequest(genuine.plan_digest, heads(genuine.heads))
-    return refusal_of(lambda data: played.cohort.device(index).begin_upload(data, SHARED_INPUT), request)
+def heads_refused(
+    played: Round, heads: Callable[[tuple[Any, ...]], tuple[Any, ...]], silent: Collection[int] | None = None
+) -> RefusedError:
+    """What device 0 says to other heads, and to other neighbours called silent."""
+    genuine = played.server.upload_request(0)
+    marked = genuine.silent if silent is None else marks(silent, played.terms.neighbours(0))
+    request = UploadRequest(genuine.round_tag, marked, heads(genuine.heads))
+    return refusal_of(lambda data: played.cohort.device(0).begin_upload(data, SHARED_INPUT), request)
 
 
 @pytest.mark.parametrize("prepared", range(7))
 def test_fewer_than_t_prepared_neighbours_are_refused(prepared: int) -> None:
-    error = heads_refused(begin(malicious=False, until="prepared"), lambda heads: heads[:prepared])
+    played = begin(malicious=False, until="prepared")
+    error = heads_refused(played, lambda heads: heads[:prepared], range(1 + prepared, 10))
     assert error.refusal is Refusal.SETS
     assert f"{prepared} neighbours prepared, 7 are needed" in str(error)
 
@@ -270,8 +267,26 @@ def test_fewer_than_t_prepared_neighbours_are_refused(prepared: int) -> None:
 @pytest.mark.parametrize("place", [0, 3, 6])
 def test_a_neighbour_counts_once(place: int) -> None:
     played = begin(malicious=False, until="prepared")
-    assert "came twice" in str(heads_refused(played, lambda heads: (*heads[:7], heads[place])))
-    assert "came twice" in str(heads_refused(played, lambda heads: (*heads, heads[place])))
+    assert "expected 8 heads, got 9" in str(heads_refused(played, lambda heads: (*heads, heads[place])))
+    in_place = heads_refused(played, lambda heads: (*heads[:7], heads[place]))
+    assert in_place.refusal is Refusal.KEYS
+    assert "does not hold" in str(in_place)
+
+
+@pytest.mark.parametrize("change", [lambda h: h[:-1], lambda h: (), lambda h: h[::-1], lambda h: (h[1], h[0], *h[2:])])
+def test_heads_are_those_of_the_neighbours_that_prepared_in_their_order(
+    change: Callable[[tuple[Any, ...]], tuple[Any, ...]],
+) -> None:
+    error = heads_refused(begin(malicious=False, until="prepared"), change)
+    assert error.refusal in (Refusal.SETS, Refusal.KEYS)
+
+
+@pytest.mark.parametrize("silent", [b"\0", b"\0\0", b"\0\1\0", b"\0\2", b"\1"])
+def test_silent_neighbours_are_a_bitmap_over_the_neighbours(silent: bytes) -> None:
+    played = begin(malicious=False, until="prepared")
+    request = replace(played.server.upload_request(0), silent=silent)
+    error = refusal_of(lambda data: played.cohort.device(0).begin_upload(data, SHARED_INPUT), request)
+    assert error.refusal is Refusal.SETS
 
 
 def test_only_neighbours_are_masked_for() -> None:
@@ -280,13 +295,12 @@ def test_only_neighbours_are_masked_for() -> None:
     outside = next(index for index in range(1, 70) if index not in neighbours)
     few = neighbours[: played.terms.sharing.threshold - 1]
     played.prepare(silent=set(range(1, 70)) - {*few, outside})
-    acquainted = next(index for index in few if outside in played.terms.neighbours(index))
-    known = played.server.upload_request(acquainted).heads
-    *_, stranger = (head for head in known if head not in played.server.upload_request(0).heads)
-    for keep in (0, 1):
-        error = heads_refused(played, lambda heads, keep=keep: (*heads[keep:], stranger))
-        assert error.refusal is Refusal.SETS
-        assert "not from a neighbour" in str(error)
+    stranger = played.server._members[outside].signed_head
+    silent = neighbours[played.terms.sharing.threshold :]
+    assert heads_refused(played, lambda heads: (*heads, stranger)).refusal is Refusal.SETS
+    error = heads_refused(played, lambda heads: (*heads, stranger), silent)  # in place of a neighbour
+    assert error.refusal is Refusal.KEYS
+    assert "does not hold" in str(error)
 
 
 def test_a_device_is_no_neighbour_of_its_own() -> None:
@@ -306,7 +320,7 @@ def test_two_devices_with_one_mask_key_are_not_masked_for(copied: str, flip: int
     def forged(heads: tuple[Any, ...]) -> tuple[Any, ...]:
         key = public_half(own.mask_private) if copied == "the device's own" else read_head(heads[1]).mask_key
         key = key[:-1] + bytes([key[-1] ^ flip])  # X25519 ignores the highest bit
-        return (signed_head(played.cohort, 1, replace(read_head(heads[0]), mask_key=key)), *heads[1:])
+        return (signed_head(played, 1, replace(read_head(heads[0]), mask_key=key)), *heads[1:])
 
     error = heads_refused(played, forged)
     assert isinstance(error, TrustError)
@@ -319,21 +333,11 @@ def test_a_mask_key_of_low_order_is_refused_before_any_training() -> None:
     played = begin(malicious=False, until="prepared")
 
     def forged(heads: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (signed_head(played.cohort, 1, replace(read_head(heads[0]), mask_key=bytes(32))), *heads[1:])
+        return (signed_head(played, 1, replace(read_head(heads[0]), mask_key=bytes(32))), *heads[1:])
 
     error = heads_refused(played, forged)
     assert error.refusal is Refusal.KEYS
     assert "low order" in str(error)
-
-
-def test_a_neighbour_that_knows_a_later_roster_ends_the_round() -> None:
-    played = begin(malicious=False, until="prepared")
-
-    def forged(heads: tuple[Any, ...]) -> tuple[Any, ...]:
-        head = read_head(heads[0])
-        return (signed_head(played.cohort, 1, replace(head, roster_number=head.roster_number + 1)), *heads[1:])
-
-    assert heads_refused(played, forged).refusal is Refusal.ROSTER
 
 
 # The confirmed set.
@@ -353,7 +357,7 @@ IMPOSSIBLE_BITMAPS = {
 @pytest.mark.parametrize(("bitmap", "message"), IMPOSSIBLE_BITMAPS.values(), ids=IMPOSSIBLE_BITMAPS)
 def test_impossible_sets_are_not_confirmed(bitmap: bytes, message: str) -> None:
     played = uploaded(malicious=True)
-    error = refusal_of(played.cohort.device(0).confirm, ConfirmRequest(played.terms.digest, bitmap))
+    error = refusal_of(played.cohort.device(0).confirm, ConfirmRequest(played.terms.tag, bitmap))
     assert error.refusal is Refusal.SETS
     assert message in str(error)
     played.confirm()
@@ -376,7 +380,7 @@ def test_a_device_confirms_one_set_only(forgetful: bool) -> None:
 
 def test_another_set_than_the_confirmed_one_is_not_unmasked() -> None:
     played = confirmed()
-    request = told((0, 1, 2, 3, 4, 5, 6, 8), (7,))(played.server.unmask_request(0))
+    request = told((7,))(played.server.unmask_request(0))
     error = refusal_of(played.cohort.device(0).unmask, request)
     assert error.refusal is Refusal.SETS
     assert "not the one that this device confirmed" in str(error)
@@ -443,7 +447,7 @@ def test_the_server_takes_genuine_confirmations_only() -> None:
 def test_the_server_takes_confirmations_of_those_alive_only() -> None:
     """One of a device that dropped would have everybody refuse to unmask."""
     played = confirmed()
-    reply = ConfirmReply(played.terms.digest, signed_by(played, DROPPED[0]))
+    reply = ConfirmReply(played.terms.tag, signed_by(played, DROPPED[0]))
     with pytest.raises(PeerError, match="not asked who is alive") as caught:
         played.server.receive_confirm(DROPPED[0], reply)
     assert caught.value.refusal is Refusal.PHASE
@@ -473,11 +477,11 @@ def revealing(played: Round, groups: dict[int, list[int]], colluders: Collection
         for index in members:
             state = deepcopy(played.cohort.federation.devices[index])
             device = Device(state, played.cohort.policy, played.cohort.now)
-            device.confirm(to_bytes(ConfirmRequest(played.terms.digest, to_bitmap(alive, 10))))
+            device.confirm(to_bytes(ConfirmRequest(played.terms.tag, to_bitmap(alive, 10))))
             confirmations = tuple(Confirmation(other, each) for other, each in signed.items() if other != index)
             request = replace(played.server.unmask_request(index), confirmations=confirmations)
             with suppress(PeerError):
-                device.unmask(to_bytes(told(alive, set(range(10)) - set(alive))(request)))
+                device.unmask(to_bytes(told(set(range(10)) - set(alive), played.masking(index))(request)))
                 opened.add(view)
     return opened
 
@@ -536,12 +540,23 @@ def test_the_device_computes_its_neighbours_by_itself(
 ) -> None:
     asked = Asked(devices + 1)
     genuine = asked.genuine(cohort=range(devices), **SPARSE)
-    outside = next(keys for index, keys in asked.keys.items() if index and keys not in genuine.neighbours)
-    forged = replace(genuine, neighbours=forge(genuine.neighbours, outside, asked.keys[0]))
-    error = prepare_refused(asked.cohort, 0, forged)
+    neighbours = Terms(genuine.plan).neighbours(0)
+    outside = next(keys for index, keys in asked.keys.items() if index and index not in neighbours)
+    forged = forge(tuple(asked.keys[index] for index in neighbours), outside, asked.keys[0])
+    error = prepare_refused(asked.cohort, 0, asking(genuine.plan, genuine.prekey_number, forged))
     assert error.refusal is Refusal.SETS
-    assert "not those of the round's graph" in str(error)
     asked.prepare(genuine)
+
+
+@pytest.mark.parametrize("name", FORGED_GRAPHS)
+def test_the_role_seals_to_the_neighbours_of_the_graph_only(name: str) -> None:
+    terms, keys = Terms(Cohort(5).plan().to_bytes()), agreement_key()
+    own = Own(0, bytes(32), bytes(32), keys[0])
+    neighbours = [Neighbour(index, bytes(32), bytes(32), keys[1]) for index in range(7)]
+    forged: Any = FORGED_GRAPHS[name](tuple(neighbours[1:5]), neighbours[6], neighbours[0])  # type: ignore[arg-type]
+    with pytest.raises(PeerError, match="not those of the round's graph") as caught:
+        SecAggClient.prepare(terms, own, forged, Signed(b"p", bytes(64)), os.urandom)
+    assert caught.value.refusal is Refusal.SETS
 
 
 @pytest.mark.parametrize(
@@ -550,11 +565,11 @@ def test_the_device_computes_its_neighbours_by_itself(
 def test_against_a_lying_server_every_graph_is_complete(devices: int, malicious: bool, complete: bool) -> None:
     asked = Asked(devices)
     genuine = asked.genuine(malicious=malicious, **SPARSE)
-    assert (len(genuine.neighbours) == devices - 1) == complete
+    assert (len(genuine.prekeys) == devices - 1) == complete
     if malicious:
-        sparse = replace(genuine, neighbours=genuine.neighbours[:34])
+        sparse = replace(genuine, prekeys=genuine.prekeys[:34], descriptors=genuine.descriptors[:34])
         assert prepare_refused(asked.cohort, 0, sparse).refusal is Refusal.SETS
-    assert len(asked.prepare(genuine).deliveries) == len(genuine.neighbours) * RECORD_BYTES
+    assert len(asked.prepare(genuine).deliveries) == len(genuine.prekeys) * RECORD_BYTES
 
 
 class Asked:
@@ -566,7 +581,7 @@ class Asked:
 
     def request(self, plan: Plan, neighbours: Collection[int]) -> PrepareRequest:
         number = self.cohort.federation.devices[0].prekey_number
-        return PrepareRequest(plan.to_bytes(), number, tuple(self.keys[index] for index in neighbours))
+        return asking(plan.to_bytes(), number, [self.keys[index] for index in neighbours])
 
     def genuine(self, **changes: Any) -> PrepareRequest:
         """A request that is right but for what the plan says."""
@@ -630,11 +645,11 @@ def test_devices_with_different_plans_do_not_mask_for_each_other(change: dict[st
     others = Round(cohort, terms, SecAggServer(terms, cohort.roster, keys, 8, 2), 8, 2)
     victim.prepare(silent=range(1, 9))
     others.prepare(silent=[0, 9])
-    foreign = others.server.upload_request(1).heads
-    error = heads_refused(victim, lambda heads: (*heads, *foreign))
+    foreign = [others.server._members[index].signed_head for index in range(1, 9)]
+    error = heads_refused(victim, lambda heads: (*foreign, *heads), ())
     assert isinstance(error, TrustError)
     assert error.refusal is Refusal.KEYS
-    assert "another round or plan" in str(error)
+    assert "does not hold" in str(error)
 
 
 # The device's own floors.

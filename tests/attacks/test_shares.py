@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from attacks.insiders import read_head, signed_head
 from attacks.uniformity import looks_uniform
-from protocol import SHARED_INPUT, Cohort, Round, pairwise_mask
+from protocol import SHARED_INPUT, Cohort, Round, deliveries_in, pairwise_mask, shares_in, with_shares
 
 from propolis.secure import labels
 from propolis.secure.codec.lanes import LANES
@@ -21,26 +22,26 @@ from propolis.secure.envelope import seal
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
 from propolis.secure.graph import sharing
 from propolis.secure.identity import agreement_key
-from propolis.secure.merkle import MerkleTree
+from propolis.secure.merkle import HASH_BYTES, MerkleTree
 from propolis.secure.prg import VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
 from propolis.secure.secagg import server as server_module
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.device import Device
-from propolis.secure.secagg.masks import box_info, public_half, seed_commitment, self_mask
-from propolis.secure.secagg.member import records_of
+from propolis.secure.secagg.masks import box_info, mask_private, public_half, seed_commitment, self_mask
 from propolis.secure.secagg.messages import (
     BOX_BYTES,
     RECORD_BYTES,
-    Delivery,
+    TAG_BYTES,
     Head,
     PrepareReply,
-    Share,
     UnmaskReply,
     UploadReply,
     from_bytes,
+    marks,
     to_bytes,
 )
+from propolis.secure.secagg.preparation import head_context, preparation_tree, records_of, server_record
 from propolis.secure.secagg.server import SecAggServer
 from propolis.secure.shamir import PRIME, SHARE_BYTES, combine, split
 
@@ -71,7 +72,8 @@ def summed(played: Round, replies: Replies) -> list[int]:
     """The sum that a server in the same state makes of other shares."""
     server = SecAggServer.from_bytes(played.server.to_bytes(), played.cohort.roster)
     for index, reply in replies.items():
-        server.receive_unmask(index, reply)
+        with suppress(PeerError):  # what is not one share for each record that opened is dropped as a whole
+            server.receive_unmask(index, reply)
     return server.sum(SHARED_INPUT, threads=1)[0].tolist()
 
 
@@ -80,38 +82,46 @@ def summed(played: Round, replies: Replies) -> list[int]:
 
 def with_value(change: Callable[[bytes], bytes]) -> Callable[[int, UnmaskReply, Replies], UnmaskReply]:
     def corrupt(index: int, reply: UnmaskReply, replies: Replies) -> UnmaskReply:
-        return replace(reply, shares=tuple(replace(share, value=change(share.value)) for share in reply.shares))
+        shares = {dealer: change(share) for dealer, share in shares_of(index, reply).items()}
+        return with_shares(reply, all_but(index), shares)
 
     return corrupt
 
 
+def all_but(index: int) -> list[int]:
+    """The neighbours of a device of a complete graph in which all prepared."""
+    return [other for other in range(DEVICES) if other != index]
+
+
+def shares_of(index: int, reply: UnmaskReply) -> dict[int, bytes]:
+    return shares_in(reply, all_but(index))
+
+
 def misdirected(index: int, reply: UnmaskReply, replies: Replies) -> UnmaskReply:
     """Another holder's genuine shares."""
-    other = {share.dealer: share for each in replies.values() if each is not reply for share in each.shares}
-    return replace(reply, shares=tuple(other[share.dealer] for share in reply.shares))
+    others = [shares_of(other, each) for other, each in replies.items() if other != index]
+    stray = {dealer: next(each[dealer] for each in others if dealer in each) for dealer in all_but(index)}
+    return with_shares(reply, all_but(index), stray)
 
 
 def mixed_up(index: int, reply: UnmaskReply, replies: Replies) -> UnmaskReply:
-    """Its own shares, under other dealers' names."""
-    values = [share.value for share in reply.shares]
-    return replace(
-        reply,
-        shares=tuple(
-            replace(share, value=value) for share, value in zip(reply.shares, values[1:] + values[:1], strict=True)
-        ),
-    )
+    """Its own shares, in another order."""
+    return replace(reply, shares=reply.shares[SHARE_BYTES:] + reply.shares[:SHARE_BYTES])
 
 
 def absent(index: int, reply: UnmaskReply, replies: Replies) -> UnmaskReply:
-    return replace(reply, shares=())
+    return with_shares(reply, all_but(index), {})
 
 
 CORRUPT: dict[str, Callable[[int, UnmaskReply, Replies], UnmaskReply]] = {
     "one bit": with_value(lambda value: value[:-1] + bytes([value[-1] ^ 1])),
     "first bit": with_value(lambda value: bytes([value[0] ^ 1]) + value[1:]),
     "zero": with_value(lambda value: bytes(SHARE_BYTES)),
-    "one more than genuine": with_value(lambda value: (int.from_bytes(value, "big") + 1).to_bytes(SHARE_BYTES, "big")),
-    "congruent modulo p": with_value(lambda value: (int.from_bytes(value, "big") + PRIME).to_bytes(SHARE_BYTES, "big")),
+    "one more than genuine": with_value(
+        lambda value: ((int.from_bytes(value, "big") + 1) % PRIME).to_bytes(SHARE_BYTES, "big")
+    ),
+    "of a field of 17 bytes": with_value(lambda value: b"\0" + value),
+    "the prime": with_value(lambda value: PRIME.to_bytes(SHARE_BYTES, "big")),
     "beyond the field": with_value(lambda value: b"\xff" * SHARE_BYTES),
     "truncated": with_value(lambda value: value[:-1]),
     "longer": with_value(lambda value: value + b"\0"),
@@ -161,8 +171,8 @@ def test_corrupt_shares_of_a_dropped_devices_key_are_dropped_too(dropped: int) -
     for holders in combinations(played.server.alive, 2):
         forged = dict(genuine)
         for index in holders:
-            shares = (replace(s, value=bytes(33)) if s.dealer == dropped else s for s in genuine[index].shares)
-            forged[index] = replace(genuine[index], shares=tuple(shares))
+            shares = {**shares_of(index, genuine[index]), dropped: bytes(SHARE_BYTES)}
+            forged[index] = with_shares(genuine[index], all_but(index), shares)
         assert summed(played, forged) == played.expected().tolist()
 
 
@@ -191,30 +201,38 @@ def test_shares_come_from_those_who_were_asked_and_for_this_round() -> None:
         played.server.receive_unmask(9, genuine[0])
     assert caught.value.refusal is Refusal.PHASE
     with pytest.raises(PeerError, match="of another round") as caught:
-        played.server.receive_unmask(0, replace(genuine[0], plan_digest=bytes(32)))
+        played.server.receive_unmask(0, replace(genuine[0], round_tag=bytes(TAG_BYTES)))
     assert caught.value.refusal is Refusal.PHASE
     with pytest.raises(TooFewPeersError, match="0 shares of device 0 came"):
         played.sum()
 
 
-@pytest.mark.parametrize("dealer", [0, 9, 10, 2**20 - 1])
-def test_shares_of_nobody_are_ignored(dealer: int) -> None:
-    """Of the sender itself, of one who never prepared, of a stranger."""
-    played = Cohort(11).round(cohort=range(10))
-    played.prepare(silent=[9])
-    played.upload()
-    played.server.close_uploads()
-    for index, reply in replies_of(played).items():
-        played.server.receive_unmask(index, replace(reply, shares=(*reply.shares, Share(dealer, bytes(33)))))
-    assert played.sum()[0].tolist() == played.expected().tolist()
+UNFIT_SHARES: dict[str, tuple[Callable[[UnmaskReply], UnmaskReply], Refusal]] = {
+    "one more": (lambda reply: replace(reply, shares=reply.shares + bytes(SHARE_BYTES)), Refusal.SHARES),
+    "one less": (lambda reply: replace(reply, shares=reply.shares[:-SHARE_BYTES]), Refusal.SHARES),
+    "a byte more": (lambda reply: replace(reply, shares=reply.shares + b"\0"), Refusal.SHARES),
+    "none": (lambda reply: replace(reply, shares=b""), Refusal.SHARES),
+    "one that did not open": (lambda reply: replace(reply, unopened=b"\x01\0"), Refusal.SHARES),
+    "a bitmap of nobody": (lambda reply: replace(reply, unopened=bytes(2)), Refusal.SETS),
+    "a bitmap that is too short": (lambda reply: replace(reply, unopened=b"\x01"), Refusal.SETS),
+    "a bitmap that is too long": (lambda reply: replace(reply, unopened=b"\x01\0\0"), Refusal.SETS),
+    "a stranger's bit": (lambda reply: replace(reply, unopened=b"\0\x02"), Refusal.SETS),
+}
 
 
-@pytest.mark.parametrize("length", [0, 32, 34])
-def test_a_share_of_another_length_does_not_travel(length: int) -> None:
-    reply = UnmaskReply(bytes(32), (Share(1, bytes(length)),))
-    with pytest.raises(PeerError, match=r"Share\.value") as caught:
-        from_bytes(UnmaskReply, to_bytes(reply))
-    assert caught.value.refusal is Refusal.MALFORMED
+@pytest.mark.parametrize(("change", "refusal"), UNFIT_SHARES.values(), ids=UNFIT_SHARES)
+def test_shares_are_one_for_each_record_that_opened(
+    change: Callable[[UnmaskReply], UnmaskReply], refusal: Refusal
+) -> None:
+    played = uploaded()
+    genuine, before = replies_of(played), played.server.to_bytes()
+    with pytest.raises(PeerError) as caught:
+        played.server.receive_unmask(0, change(genuine[0]))
+    assert caught.value.refusal is refusal
+    assert played.server.to_bytes() == before
+    assert not played.server._unopened
+    played.server.receive_unmask(0, genuine[0])
+    assert len(played.server._members[0].shares) == DEVICES - 1
 
 
 # Thresholds.
@@ -223,26 +241,17 @@ def test_a_share_of_another_length_does_not_travel(length: int) -> None:
 @pytest.mark.parametrize("devices", [4, 7, 10])
 def test_t_minus_one_shares_never_suffice(devices: int) -> None:
     played = uploaded(devices=devices)
-    threshold, head = played.terms.sharing.threshold, played.server._members[0].head
-    assert head is not None
+    threshold, commitment = played.terms.sharing.threshold, played.server._members[0].seed_commitment
     shares = [
-        (index + 1, share.value)
+        (index + 1, shares_in(reply, played.masking(index))[0])
         for index, reply in replies_of(played).items()
-        for share in reply.shares
-        if share.dealer == 0
+        if index != 0
     ]
     assert len(shares) == devices - 1
     for few in combinations(shares, threshold - 1):
-        assert not opens(few, head, played.terms.digest)
+        assert seed_commitment(combine(few), 0, played.terms.digest) != commitment
     for enough in combinations(shares, threshold):
-        assert opens(enough, head, played.terms.digest)
-
-
-def opens(shares: Iterable[tuple[int, bytes]], head: Head, plan: bytes) -> bool:
-    try:
-        return seed_commitment(combine(list(shares)), head.index, plan) == head.seed_commitment
-    except PeerError:
-        return False
+        assert seed_commitment(combine(enough), 0, played.terms.digest) == commitment
 
 
 @pytest.mark.parametrize("missing", range(4))
@@ -259,7 +268,7 @@ def test_the_server_needs_t_holders_of_every_secret(missing: int) -> None:
 @cache
 def shared(degree: int, threshold: int) -> tuple[tuple[bytes, list[bytes]], tuple[bytes, list[bytes]]]:
     """A seed and a key, each with its shares for holders 1..k."""
-    secrets = b"seed".ljust(32), b"key".ljust(32)
+    secrets = b"seed".ljust(16), b"key".ljust(16)
     points = range(1, degree + 1)
     one, other = ((each, split(each, threshold, points, np.random.default_rng(0).bytes)) for each in secrets)
     return one, other
@@ -269,10 +278,7 @@ def recovered(secret: bytes, shares: list[bytes], holders: Collection[int], thre
     if not holders:
         return False
     chosen = [(holder + 1, shares[holder]) for holder in list(holders)[:threshold]]
-    try:
-        return combine(chosen) == secret
-    except PeerError:
-        return False
+    return combine(chosen) == secret
 
 
 @pytest.mark.parametrize("devices", range(4, 11))
@@ -298,32 +304,28 @@ def lied_to(played: Round, colluding: int, told_dropped: Collection[int], victim
     server, seeds, keys = played.server, {}, {}
     for index in range(victim):
         genuine = server.unmask_request(index)
-        dropped = replace(genuine, alive=tuple(i for i in genuine.alive if i != victim), dropped=(victim,))
+        dropped = replace(genuine, dropped=marks([victim], played.masking(index)))
         stories = [(genuine, seeds)] if index not in told_dropped else []
         if index in told_dropped or index < colluding:
             stories.append((dropped, keys))
         for story, gathered in stories:
             device = Device(deepcopy(played.cohort.federation.devices[index]), played.cohort.policy, played.cohort.now)
             reply = from_bytes(UnmaskReply, device.unmask(to_bytes(story)))
-            gathered[index] = next(share.value for share in reply.shares if share.dealer == victim)
+            gathered[index] = shares_in(reply, played.masking(index))[victim]
     digest, request = played.terms.digest, labels.digest(labels.REQUEST, to_bytes(server.upload_request(victim)))
     seed, key = guess(seeds), guess(keys)
     masks = [self_mask(seed, victim, digest, SHARED_INPUT, request)]
     for index in range(victim):
         head = server._members[index].head
         assert head is not None
-        masks.append(pairwise_mask(victim, key, index, head.mask_key, digest, SHARED_INPUT))
+        private = mask_private(key, victim, digest)
+        masks.append(pairwise_mask(victim, private, index, head.mask_key, digest, SHARED_INPUT))
     return unmasked(played, victim, masks)
 
 
 def guess(shares: dict[int, bytes]) -> bytes:
     """What up to t = 5 shares give; with fewer it is nonsense."""
-    if not shares:
-        return bytes(32)
-    try:
-        return combine([(index + 1, share) for index, share in shares.items()][:5])
-    except PeerError:
-        return bytes(32)
+    return combine([(index + 1, share) for index, share in shares.items()][:5]) if shares else bytes(16)
 
 
 def unmasked(played: Round, index: int, masks: Iterable[Mask]) -> Vector:
@@ -362,14 +364,19 @@ def test_with_one_colluder_more_than_assumed_the_lie_succeeds() -> None:
 # Records on their way from dealer to holder.
 
 
-def refused_delivery(played: Round, change: Callable[[tuple[Delivery, ...]], tuple[Delivery, ...]]) -> RefusedError:
+def refused_delivery(played: Round, change: Callable[[list[bytes]], list[bytes]]) -> RefusedError:
+    """What device 0 says to other records and paths of its nine neighbours."""
     genuine, device = played.server.unmask_request(0), played.cohort.device(0)
-    before = device.state.to_bytes()
+    before, deliveries = device.state.to_bytes(), deliveries_in(genuine, played.terms, 0, all_but(0))
     with pytest.raises(RefusedError) as caught:
-        device.unmask(to_bytes(replace(genuine, deliveries=change(genuine.deliveries))))
+        device.unmask(to_bytes(replace(genuine, deliveries=b"".join(change(deliveries)))))
     assert device.state.to_bytes() == before
-    assert len(from_bytes(UnmaskReply, device.unmask(to_bytes(genuine))).shares) == 9
+    assert len(shares_of(0, from_bytes(UnmaskReply, device.unmask(to_bytes(genuine))))) == 9
     return caught.value
+
+
+def first_changed(change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda deliveries: [change(deliveries[0]), *deliveries[1:]]
 
 
 def flipped(data: bytes, place: int) -> bytes:
@@ -378,7 +385,7 @@ def flipped(data: bytes, place: int) -> bytes:
 
 @pytest.mark.parametrize("place", [0, 40, BOX_BYTES - 1, BOX_BYTES, RECORD_BYTES - 1])
 def test_a_record_that_its_dealer_did_not_sign_is_refused(place: int) -> None:
-    error = refused_delivery(uploaded(), lambda d: (replace(d[0], record=flipped(d[0].record, place)), *d[1:]))
+    error = refused_delivery(uploaded(), first_changed(lambda delivery: flipped(delivery, place)))
     assert isinstance(error, TrustError)
     assert error.refusal is Refusal.SHARES
 
@@ -386,45 +393,40 @@ def test_a_record_that_its_dealer_did_not_sign_is_refused(place: int) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda path: path[:-32],
-        lambda path: path + bytes(32),
+        lambda path: path[:-HASH_BYTES],
+        lambda path: path + bytes(HASH_BYTES),
         lambda path: b"",
-        lambda path: path[32:64] + path[:32] + path[64:],
+        lambda path: path[HASH_BYTES : 2 * HASH_BYTES] + path[:HASH_BYTES] + path[2 * HASH_BYTES :],
         lambda path: flipped(path, 0),
         lambda path: flipped(path, len(path) - 1),
     ],
 )
 def test_a_record_with_a_wrong_path_is_refused(change: Callable[[bytes], bytes]) -> None:
-    error = refused_delivery(uploaded(), lambda d: (replace(d[0], path=change(d[0].path)), *d[1:]))
+    wrong = first_changed(lambda delivery: delivery[:RECORD_BYTES] + change(delivery[RECORD_BYTES:]))
+    error = refused_delivery(uploaded(), wrong)
     assert error.refusal is Refusal.SHARES
 
 
 @pytest.mark.parametrize("holder", [2, 9])
 def test_a_record_for_another_holder_is_refused(holder: int) -> None:
     played = uploaded()
-    other = next(each for each in played.server.unmask_request(holder).deliveries if each.dealer == 1)
-    assert refused_delivery(played, lambda d: (other, *d[1:])).refusal is Refusal.SHARES
+    other = played.server._delivery(1, holder)
+    assert refused_delivery(played, lambda d: [other, *d[1:]]).refusal is Refusal.SHARES
 
 
 def test_a_record_under_another_dealers_name_is_refused() -> None:
-    error = refused_delivery(uploaded(), lambda d: (replace(d[0], dealer=2), replace(d[1], dealer=1), *d[2:]))
+    error = refused_delivery(uploaded(), lambda d: [d[1], d[0], *d[2:]])
     assert error.refusal is Refusal.SHARES
 
 
 def test_a_record_that_comes_twice_is_refused() -> None:
-    error = refused_delivery(uploaded(), lambda d: (*d, d[0]))
-    assert error.refusal is Refusal.SETS
+    error = refused_delivery(uploaded(), lambda d: [*d, d[0]])
+    assert error.refusal is Refusal.SHARES
 
 
 def test_a_record_that_is_missing_is_refused() -> None:
-    for error in (refused_delivery(uploaded(), lambda d: d[1:]), refused_delivery(uploaded(), lambda d: ())):
-        assert error.refusal is Refusal.SETS
-
-
-@pytest.mark.parametrize("dealer", [0, 2**20 - 1])
-def test_a_record_of_nobody_is_refused(dealer: int) -> None:
-    error = refused_delivery(uploaded(), lambda d: (*d, replace(d[0], dealer=dealer)))
-    assert error.refusal is Refusal.SETS
+    for error in (refused_delivery(uploaded(), lambda d: d[:-1]), refused_delivery(uploaded(), lambda d: [])):
+        assert error.refusal is Refusal.SHARES
 
 
 def test_a_holder_reveals_its_share_of_the_right_kind() -> None:
@@ -437,10 +439,10 @@ def test_a_holder_reveals_its_share_of_the_right_kind() -> None:
     played.server.close_uploads()
     replies = replies_of(played)
     for index, reply in replies.items():
-        assert [share.dealer for share in reply.shares] == [other for other in range(DEVICES) if other != index]
-    of_nine = [(index + 1, reply.shares[-1].value) for index, reply in replies.items()]
-    assert combine(of_nine[:THRESHOLD]) == roles[9].mask_private
-    of_zero = [(i + 1, s.value) for i, reply in replies.items() for s in reply.shares if s.dealer == 0]
+        assert list(shares_of(index, reply)) == all_but(index)
+    of_nine = [(index + 1, shares_of(index, reply)[9]) for index, reply in replies.items()]
+    assert combine(of_nine[:THRESHOLD]) == roles[9].mask_secret
+    of_zero = [(i + 1, shares_of(i, reply)[0]) for i, reply in replies.items() if i != 0]
     assert combine(of_zero[:THRESHOLD]) == roles[0].seed
 
 
@@ -455,14 +457,20 @@ def dealing(played: Round, dealer: int, forge: Callable[[PrepareReply], PrepareR
     played.server.receive_prepare(dealer, forge(reply))
 
 
-def resigned(played: Round, dealer: int, reply: PrepareReply, deliveries: bytes = b"", **changes: Any) -> PrepareReply:
-    deliveries = deliveries or reply.deliveries
-    root = MerkleTree(records_of(deliveries)).root
-    head = replace(read_head(reply.head), deliveries_root=root, **changes)
-    return replace(reply, head=signed_head(played.cohort, dealer, head), deliveries=deliveries)
+def resigned(
+    played: Round, dealer: int, reply: PrepareReply, mask_key: bytes = b"", signed_as: int = 5, **changes: Any
+) -> PrepareReply:
+    """What the dealer, 5, may choose to send; or what another one signs in its place."""
+    reply = replace(reply, **changes)
+    last = server_record(reply.seed_commitment, reply.next_prekey)
+    root = preparation_tree(signed_as, played.terms.digest, reply.deliveries, last).root
+    head = replace(read_head(reply.head), root=root, mask_key=mask_key or read_head(reply.head).mask_key)
+    return replace(reply, head=signed_head(played, dealer, head, index=signed_as))
 
 
-@pytest.mark.parametrize("start", [0, BOX_BYTES - 16, BOX_BYTES, BOX_BYTES + 32], ids=["box", "tag", "seed", "key"])
+@pytest.mark.parametrize(
+    "start", [0, BOX_BYTES - 16, BOX_BYTES, BOX_BYTES + HASH_BYTES], ids=["box", "tag", "seed", "key"]
+)
 @pytest.mark.parametrize("dropped", [False, True])
 def test_two_records_that_are_bad_by_their_dealers_fault_are_made_up_for(start: int, dropped: bool) -> None:
     """A box that does not open, or whose share is not the hashed one."""
@@ -470,7 +478,7 @@ def test_two_records_that_are_bad_by_their_dealers_fault_are_made_up_for(start: 
 
     def forge(reply: PrepareReply) -> PrepareReply:
         deliveries = flipped(flipped(reply.deliveries, start), RECORD_BYTES + start)
-        return resigned(played, 5, reply, deliveries)
+        return resigned(played, 5, reply, deliveries=deliveries)
 
     dealing(played, 5, forge)
     played.upload(silent=[5] if dropped else [])
@@ -478,23 +486,23 @@ def test_two_records_that_are_bad_by_their_dealers_fault_are_made_up_for(start: 
     played.unmask()
     assert not played.refused
     assert played.sum()[0].tolist() == played.expected().tolist()
-    unaffected = (start == BOX_BYTES) if dropped else (start == BOX_BYTES + 32)
+    unaffected = (start == BOX_BYTES) if dropped else (start == BOX_BYTES + HASH_BYTES)
     held = [index for index in played.server.alive if 5 in played.server._members[index].shares]
     assert ((0 not in held) and (1 not in held)) or unaffected
 
 
 def test_a_box_that_does_not_open_costs_its_own_share_only() -> None:
     played = Cohort(DEVICES).round()
-    dealing(played, 5, lambda reply: resigned(played, 5, reply, flipped(reply.deliveries, 0)))
+    dealing(played, 5, lambda reply: resigned(played, 5, reply, deliveries=flipped(reply.deliveries, 0)))
     played.upload()
     reply = from_bytes(UnmaskReply, played.cohort.device(0).unmask(to_bytes(played.server.unmask_request(0))))
-    assert [share.dealer for share in reply.shares] == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert list(shares_of(0, reply)) == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("malicious", [False, True])
 def test_a_dealer_that_shares_another_seed_than_it_signed_is_noticed(malicious: bool) -> None:
     played = Cohort(DEVICES).round(malicious=malicious)
-    dealing(played, 5, lambda reply: resigned(played, 5, reply, seed_commitment=b"c" * 32))
+    dealing(played, 5, lambda reply: resigned(played, 5, reply, seed_commitment=b"c" * 16))
     played.upload()
     played.server.close_uploads()
     if malicious:
@@ -524,14 +532,14 @@ def test_a_dealer_that_seals_shares_of_no_polynomial_is_noticed() -> None:
         records, holders = [], played.terms.neighbours(5)
         descriptors = {index: labels.digest(labels.DESCRIPTOR, d.descriptor.payload) for index, d in enumerate(states)}
         for holder in holders:
-            share = bytes([0, holder]) * 16 + b"\1"
+            share = bytes([0, holder]) * 7 + bytes([1, holder**2])
             info = box_info(5, descriptors[5], holder, descriptors[holder], played.terms.digest)
             prekey = prekeys[holder]
             hashes = [
                 server_module.share_hash(share, 5, holder, kind, played.terms.digest) for kind in (b"seed", b"key")
             ]
             records.append(seal(share * 2, prekey, info) + b"".join(hashes))
-        return resigned(played, 5, reply, b"".join(records))
+        return resigned(played, 5, reply, deliveries=b"".join(records))
 
     states = played.cohort.federation.devices
     prekeys = {i: public_half(state.prekey_private) for i, state in enumerate(states)}
@@ -567,8 +575,11 @@ def offered(dealer: int = 5) -> tuple[Round, PrepareReply]:
 
 
 BAD_PREPARATIONS: dict[str, tuple[Callable[[Round, PrepareReply], PrepareReply], Refusal]] = {
-    "another round's": (lambda played, reply: resigned(played, 5, reply, plan_digest=bytes(32)), Refusal.KEYS),
-    "another device's": (lambda played, reply: resigned(played, 5, reply, index=4), Refusal.KEYS),
+    "another round's": (
+        lambda played, reply: replace(reply, head=signed_head(played, 5, read_head(reply.head), plan=bytes(32))),
+        Refusal.KEYS,
+    ),
+    "another device's": (lambda played, reply: resigned(played, 5, reply, signed_as=4), Refusal.KEYS),
     "signed by another": (lambda played, reply: resigned(played, 4, reply), Refusal.KEYS),
     "another's mask key": (
         lambda played, reply: resigned(played, 5, reply, mask_key=head_of(played, 0).mask_key),
@@ -579,20 +590,39 @@ BAD_PREPARATIONS: dict[str, tuple[Callable[[Round, PrepareReply], PrepareReply],
         Refusal.KEYS,
     ),
     "no key at all": (lambda played, reply: resigned(played, 5, reply, mask_key=bytes(32)), Refusal.KEYS),
-    "a later roster's": (lambda played, reply: resigned(played, 5, reply, roster_number=99), Refusal.ROSTER),
     "another next prekey": (
         lambda played, reply: replace(reply, next_prekey=played.server.keys_of(4).prekey),
-        Refusal.KEYS,
+        Refusal.SHARES,
     ),
+    "another commitment": (lambda played, reply: replace(reply, seed_commitment=bytes(16)), Refusal.SHARES),
     "a record less": (
-        lambda played, reply: resigned(played, 5, reply, reply.deliveries[:-RECORD_BYTES]),
+        lambda played, reply: resigned(played, 5, reply, deliveries=reply.deliveries[:-RECORD_BYTES]),
         Refusal.SHARES,
     ),
     "a record more": (
-        lambda played, reply: resigned(played, 5, reply, reply.deliveries + bytes(RECORD_BYTES)),
+        lambda played, reply: resigned(played, 5, reply, deliveries=reply.deliveries + bytes(RECORD_BYTES)),
         Refusal.SHARES,
     ),
-    "half a record": (lambda played, reply: resigned(played, 5, reply, reply.deliveries[:-1]), Refusal.SHARES),
+    "half a record": (
+        lambda played, reply: resigned(played, 5, reply, deliveries=reply.deliveries[:-1]),
+        Refusal.SHARES,
+    ),
+    "signed without what the server alone needs": (
+        lambda played, reply: replace(
+            reply,
+            head=signed_head(
+                played,
+                5,
+                replace(
+                    read_head(reply.head),
+                    root=MerkleTree(
+                        records_of(reply.deliveries), labels.joined(*head_context(5, played.terms.digest))
+                    ).root,
+                ),
+            ),
+        ),
+        Refusal.SHARES,
+    ),
     "a record changed": (
         lambda played, reply: replace(reply, deliveries=flipped(reply.deliveries, 100)),
         Refusal.SHARES,
@@ -664,7 +694,7 @@ BAD_UPLOADS: dict[str, tuple[dict[str, Any], Refusal]] = {
     "a lane more": ({"lanes": bytes(32)}, Refusal.MALFORMED),
     "a metric more": ({"metrics": ("loss",), "lanes": bytes(32)}, Refusal.MODEL),
     "a metric in place of a lane": ({"metrics": ("loss",)}, Refusal.MODEL),
-    "another round": ({"plan_digest": bytes(32)}, Refusal.PHASE),
+    "another round": ({"round_tag": bytes(TAG_BYTES)}, Refusal.PHASE),
 }
 
 
@@ -725,7 +755,7 @@ def test_an_upload_that_nobody_asked_for_is_refused() -> None:
     fresh.prepare()
     for index in range(5):
         with pytest.raises(PeerError, match="too late, or its second one"):
-            fresh.server.receive_upload(index, replace(reply, plan_digest=fresh.terms.digest))
+            fresh.server.receive_upload(index, replace(reply, round_tag=fresh.terms.tag))
     assert fresh.server.alive == ()
 
 
@@ -735,7 +765,7 @@ def test_metrics_have_the_same_names_everywhere() -> None:
     for index in range(5):
         played.server.upload_request(index)
     vector = played.terms.grid.ring.pack(played.terms.grid.ring.zeros(8))
-    reply = UploadReply(played.terms.digest, vector, LANES.pack(LANES.zeros(3)), ("accuracy", "loss"))
+    reply = UploadReply(played.terms.tag, vector, LANES.pack(LANES.zeros(3)), ("accuracy", "loss"))
     played.server.receive_upload(0, reply)
     for names in (("loss", "accuracy"), ("accuracy",), ("accuracy", "loss", "loss"), (), ("accuracy", "Loss")):
         with pytest.raises(PeerError, match="the metrics of device 1 are not the other devices'") as caught:

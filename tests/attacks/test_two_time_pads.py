@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attacks.uniformity import looks_uniform
-from protocol import MODEL, SHARED_INPUT, Cohort, Round, pairwise_mask
+from protocol import MODEL, SHARED_INPUT, Cohort, Round, pairwise_mask, shares_in
 
 from propolis.secure import labels
 from propolis.secure.errors import PeerError, Refusal
@@ -28,6 +28,7 @@ from propolis.secure.secagg.messages import (
     UploadReply,
     UploadRequest,
     from_bytes,
+    marks,
     to_bitmap,
     to_bytes,
 )
@@ -86,13 +87,19 @@ def changed(exchange: str, played: Round, request: bytes) -> bytes:
     """Another request for the same exchange of the same round, which the device would have answered, too."""
     if exchange == "prepare":
         asked = played.server.prepare_request(0)
-        return to_bytes(replace(asked, neighbours=asked.neighbours[::-1]))
+        return to_bytes(replace(asked, descriptors=asked.descriptors[::-1]))
     if exchange == "upload":
-        return to_bytes(replace(from_bytes(UploadRequest, request), heads=played.server.upload_request(0).heads[1:]))
+        return to_bytes(skipping(6, from_bytes(UploadRequest, request)))
     if exchange == "confirm":
         return to_bytes(replace(played.server.confirm_request(), alive=to_bitmap(range(6), 7)))
     genuine = from_bytes(UnmaskRequest, request)
-    return to_bytes(replace(genuine, alive=genuine.alive[:-1], dropped=genuine.alive[-1:]))
+    return to_bytes(replace(genuine, dropped=marks([6], range(1, 7))))
+
+
+def skipping(index: int, request: UploadRequest) -> UploadRequest:
+    """The request to device 0 in which this neighbour did not prepare."""
+    heads = (head for other, head in enumerate(request.heads, 1) if other != index)
+    return replace(request, silent=marks([index], range(1, 7)), heads=tuple(heads))
 
 
 # One answer per exchange.
@@ -229,7 +236,7 @@ def test_every_attempt_has_fresh_keys() -> None:
         played = cohort.round(cohort.plan(1, attempt))
         played.prepare()
         roles = [SecAggClient.from_bytes(device.round, bytes(32)) for device in cohort.federation.devices]
-        heads += [secret for role in roles for secret in (role.seed, role.mask_private, role.own.prekey_private)]
+        heads += [secret for role in roles for secret in (role.seed, role.mask_secret, role.own.prekey_private)]
     assert len(set(heads)) == 3 * 4 * 3
 
 
@@ -237,16 +244,16 @@ def test_secrets_are_gone_as_soon_as_they_have_served() -> None:
     """After the upload the device could not mask again if it wanted to; after the unmasking it opens nothing."""
     played = prepared()
     (before, *_) = roles_of(played)
-    assert len(before.seed) == len(before.mask_private) == len(before.own.prekey_private) == 32
+    assert (len(before.seed), len(before.mask_secret), len(before.own.prekey_private)) == (16, 16, 32)
     played.upload()
     played.server.close_uploads()
     (between, *_) = roles_of(played)
-    assert (between.seed, between.mask_private) == (b"", b"")
+    assert (between.seed, between.mask_secret) == (b"", b"")
     played.unmask()
     (after, *_) = roles_of(played)
     assert after.own.prekey_private == b""
     kept = played.cohort.federation.devices[0].to_bytes()
-    assert not any(secret in kept for secret in (before.seed, before.mask_private, before.own.prekey_private))
+    assert not any(secret in kept for secret in (before.seed, before.mask_secret, before.own.prekey_private))
 
 
 # A device that was restored from an older copy.
@@ -274,14 +281,14 @@ def assert_hidden(one: Vector, other: Vector) -> None:
 
 @pytest.mark.parametrize("through_bytes", [False, True])
 @pytest.mark.parametrize("shared_input", [SHARED_INPUT, OTHER_INPUT])
-@pytest.mark.parametrize("heads", [slice(None), slice(1, None), slice(None, None, -1)])
+@pytest.mark.parametrize("silent", [None, 1, 6])
 def test_rolled_back_to_before_the_upload_another_request_gets_another_mask(
-    heads: slice, shared_input: bytes, through_bytes: bool
+    silent: int | None, shared_input: bytes, through_bytes: bool
 ) -> None:
     played = prepared()
     state, request = played.cohort.federation.devices[0], played.server.upload_request(0)
     older = DeviceState.from_bytes(state.to_bytes()) if through_bytes else deepcopy(state)
-    another = replace(request, heads=request.heads[heads])
+    another = request if silent is None else skipping(silent, request)
     first = masked(device_of(played, state), to_bytes(request))
     second = masked(device_of(played, older), to_bytes(another), shared_input, value=9)
     if another == request and shared_input == SHARED_INPUT:
@@ -296,7 +303,7 @@ def test_colluding_neighbours_do_not_lift_the_masks_of_a_device_that_was_rolled_
     played = prepared()
     state, request = played.cohort.federation.devices[0], played.server.upload_request(0)
     older, roles = deepcopy(state), roles_of(played)
-    another, shared_input = replace(request, heads=request.heads[:-1]), SHARED_INPUT
+    another, shared_input = skipping(6, request), SHARED_INPUT
     if case == "another model":
         another, shared_input = request, OTHER_INPUT
     first = masked(device_of(played, state), to_bytes(request))
@@ -315,7 +322,7 @@ def test_the_seed_does_not_lift_the_masks_of_a_device_that_was_rolled_back(case:
     played = prepared()
     state, request = played.cohort.federation.devices[0], played.server.upload_request(0)
     older, seed = deepcopy(state), SecAggClient.from_bytes(state.round, bytes(32)).seed
-    another, shared_input = replace(request, heads=request.heads[:-1]), SHARED_INPUT
+    another, shared_input = skipping(6, request), SHARED_INPUT
     if case == "another model":
         another, shared_input = request, OTHER_INPUT
     first = masked(device_of(played, state), to_bytes(request))
@@ -356,16 +363,15 @@ def test_a_rolled_back_device_reveals_its_own_share_of_both_kinds_and_no_more(ro
     for index in range(6):
         genuine = played.server.unmask_request(index)
         reply = from_bytes(UnmaskReply, played.cohort.device(index).unmask(to_bytes(genuine)))
-        seeds[index] = {share.dealer: share.value for share in reply.shares}[6]
+        seeds[index] = shares_in(reply, played.masking(index))[6]
         if index < rolled_back:
-            lie = replace(genuine, alive=genuine.alive[:-1], dropped=(6,))
+            lie = replace(genuine, dropped=marks([6], played.masking(index)))
             reply = from_bytes(UnmaskReply, device_of(played, older[index]).unmask(to_bytes(lie)))
-            assert len(reply.shares) == 6
-            keys[index] = {share.dealer: share.value for share in reply.shares}[6]
+            keys[index] = shares_in(reply, played.masking(index))[6]
     assert combine([(index + 1, share) for index, share in seeds.items()][:5]) == victim.seed
     assert len(keys) == rolled_back < played.terms.sharing.threshold
     assert not set(keys.values()) & set(seeds.values())
-    assert reconstructed(keys) != victim.mask_private
+    assert reconstructed(keys) != victim.mask_secret
 
 
 def test_t_rolled_back_devices_are_what_it_takes() -> None:
@@ -376,10 +382,10 @@ def test_t_rolled_back_devices_are_what_it_takes() -> None:
     keys = {}
     for index in range(5):
         genuine = played.server.unmask_request(index)
-        lie = replace(genuine, alive=genuine.alive[:-1], dropped=(6,))
+        lie = replace(genuine, dropped=marks([6], played.masking(index)))
         reply = from_bytes(UnmaskReply, played.cohort.device(index).unmask(to_bytes(lie)))
-        keys[index] = {share.dealer: share.value for share in reply.shares}[6]
-    assert reconstructed(keys) == victim.mask_private
+        keys[index] = shares_in(reply, played.masking(index))[6]
+    assert reconstructed(keys) == victim.mask_secret
 
 
 def reconstructed(shares: dict[int, bytes]) -> bytes | None:

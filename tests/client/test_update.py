@@ -74,14 +74,13 @@ def malformed(**values: Any) -> RecordDict:
     "content",
     [
         malformed(),
-        malformed(exchange="prepare"),
-        malformed(body=b""),
-        malformed(exchange="PREPARE", body=b""),
-        malformed(exchange="train", body=b""),
-        malformed(exchange=2, body=b""),
-        malformed(exchange=["prepare"], body=b""),
-        malformed(exchange="prepare", body="text"),
-        malformed(exchange="upload", body=[b"", b""]),
+        malformed(PREPARE=b""),
+        malformed(train=b""),
+        malformed(prepare=b"", unmask=b""),
+        malformed(prepare=b"", note="more"),
+        malformed(prepare="text"),
+        malformed(prepare=2),
+        malformed(upload=[b"", b""]),
         *(
             RecordDict({"arrays": record(MODEL), RECORD: protocol_record(exchange, body)})
             for exchange in Exchange

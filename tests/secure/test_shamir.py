@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from propolis.secure.errors import PeerError, Refusal, UsageError
-from propolis.secure.shamir import PRIME, SHARE_BYTES, combine, split
+from propolis.secure.shamir import PRIME, SECRET_BYTES, SHARE_BYTES, combine, draw_secret, split
 
 Points = list[tuple[int, int]]
-SECRET = bytes(range(32))
-secrets = st.one_of(st.binary(min_size=32, max_size=32), st.sampled_from([bytes(32), b"\xff" * 32]))
+SECRET = bytes(range(16))
+elements = st.one_of(st.integers(0, PRIME - 1), st.sampled_from([0, PRIME - 1]))
+secrets = elements.map(lambda value: value.to_bytes(16, "big"))
 
 
 def naive_value(points: Points, at: int) -> int:
@@ -49,7 +50,8 @@ def sharings(draw: st.DrawFn) -> tuple[bytes, int, list[tuple[int, bytes]]]:
 def test_the_modulus_is_prime() -> None:
     for base in (2, 3, 5, 7, 11, 13):  # Fermat
         assert pow(base, PRIME - 1, PRIME) == 1
-    assert PRIME > 2**256
+    assert 2**127 < PRIME < 2**128
+    assert SHARE_BYTES == SECRET_BYTES == 16
 
 
 @given(sharings())
@@ -87,11 +89,11 @@ def test_every_coefficient_is_drawn_uniformly_and_afresh() -> None:
         return drawn[-1]
 
     (share,) = split(SECRET, 1, [9], random_bytes)
-    assert share == b"\0" + SECRET
+    assert share == SECRET
     assert drawn == []
     shares = split(SECRET, 4, [1, 2, 3, 4], random_bytes)
     assert len(drawn) == 3
-    assert all(len(each) >= 48 for each in drawn)  # at least 128 bits more than the modulus: no bias
+    assert all(len(each) >= 32 for each in drawn)  # at least 128 bits more than the modulus: no bias
     c3, c2, c1 = (int.from_bytes(each, "big") for each in drawn)
     secret = int.from_bytes(SECRET, "big")
     expected = [(c3 * x**3 + c2 * x**2 + c1 * x + secret) % PRIME for x in (1, 2, 3, 4)]
@@ -112,7 +114,7 @@ def test_every_coefficient_is_drawn_uniformly_and_afresh() -> None:
         [(1, element(1)[:-1])],
         [(1, element(1) + b"\0")],
         [(1, b"")],
-        [(1, element(2**256))],  # an element of the field that is no 32-byte secret
+        [(1, b"\0" + element(1))],  # of a field whose elements take 17 bytes
     ],
 )
 def test_what_is_no_share_is_refused(shares: list[tuple[int, bytes]]) -> None:
@@ -129,14 +131,31 @@ def test_a_wrong_share_gives_a_wrong_secret() -> None:
 
 @pytest.mark.parametrize("threshold", [-1, 0, 4])
 def test_a_threshold_that_cannot_be_met_is_a_mistake(threshold: int) -> None:
-    with pytest.raises(UsageError, match=f"1 <= threshold <= 3, got 32 and {threshold}"):
+    with pytest.raises(UsageError, match=f"1 <= threshold <= 3, got 16 and {threshold}"):
         split(SECRET, threshold, [1, 2, 3], Random(0).randbytes)
 
 
-@pytest.mark.parametrize("length", [0, 31, 33])
+@pytest.mark.parametrize("length", [0, 15, 17, 32])
 def test_a_secret_of_another_length_is_a_mistake(length: int) -> None:
-    with pytest.raises(UsageError, match="need 32 bytes"):
+    with pytest.raises(UsageError, match="need 16 bytes"):
         split(bytes(length), 2, [1, 2, 3], Random(0).randbytes)
+
+
+@pytest.mark.parametrize("value", [PRIME, 2**128 - 1])
+def test_a_secret_that_is_no_element_of_the_field_is_a_mistake(value: int) -> None:
+    with pytest.raises(UsageError, match="no element of the field"):
+        split(value.to_bytes(16, "big"), 2, [1, 2, 3], Random(0).randbytes)
+
+
+def test_secrets_are_drawn_from_the_whole_field() -> None:
+    """From twice as many bytes, so that no secret is likelier than another by more than 2^-127."""
+    drawn = [draw_secret(lambda count: b"\xff" * count), draw_secret(bytes), draw_secret(Random(0).randbytes)]
+    assert [int.from_bytes(each, "big") for each in drawn] == [
+        (2**256 - 1) % PRIME,
+        0,
+        int.from_bytes(Random(0).randbytes(32), "big") % PRIME,
+    ]
+    assert {len(each) for each in drawn} == {16}
 
 
 @pytest.mark.parametrize("xs", [[0, 1], [1, 1], [1, PRIME], [-1, 1]])

@@ -76,7 +76,7 @@ EXAMPLES: list[tuple[Any, type[Message]]] = [
     (LETTER, LETTER_PROTO),
     (Letter(ENTRY, Names(()), 0.0, 0, (), ()), LETTER_PROTO),  # `names` is there, though nothing is in it
     (INVITATION, identity_pb2.Invitation),
-    (Prekey(bytes(32), 2**20 - 1, 2**62, bytes(32)), identity_pb2.Prekey),
+    (Prekey(2**62, bytes(32)), identity_pb2.Prekey),
     (Roster(bytes(32), 1, 0, ()), identity_pb2.Roster),
     (Roster(bytes(32), 1, 9, (RosterEntry("\u00e9" * 200, bytes(32), True),) * 3), identity_pb2.Roster),
 ]

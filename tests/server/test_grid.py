@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,12 +30,21 @@ from secure_app import (
     record,
     require_mean,
     shift,
+    with_body,
 )
 
 from propolis.messages import RECORD
 from propolis.secure.codec.lanes import LANES, encode_lanes
 from propolis.secure.errors import TooFewPeersError, TrustError, UsageError
-from propolis.secure.secagg.messages import HelloReply, PrepareReply, UploadReply, from_bytes
+from propolis.secure.secagg.device import Device
+from propolis.secure.secagg.messages import (
+    HelloReply,
+    PrepareReply,
+    PrepareRequest,
+    UploadReply,
+    from_bytes,
+    to_bytes,
+)
 from propolis.secure.secagg.policy import Policy
 from propolis.server.batch import Outcome
 from propolis.server.exchange import GridWrapper
@@ -428,7 +438,7 @@ def test_an_attempt_shares_no_key_and_no_mask_with_the_one_before() -> None:
     uploads = [from_bytes(UploadReply, body_of(reply)) for reply in hive.wire.said("upload")]
     heads = [from_bytes(PrepareReply, body_of(reply)) for reply in hive.wire.said("prepare")]
     assert len(uploads) == len(heads) == 10
-    assert len({upload.plan_digest for upload in uploads}) == 2
+    assert len({upload.round_tag for upload in uploads}) == 2
     assert len({upload.vector for upload in uploads}) == len({upload.lanes for upload in uploads}) == 10
     assert len({head.head.payload for head in heads}) == 10
     assert len({head.next_prekey.payload for head in heads}) == 10
@@ -483,7 +493,7 @@ def test_a_dealer_that_shares_another_secret_than_it_signed_is_banned_and_the_re
 
     def cheating(secret: bytes, *arguments: Any) -> Any:
         dealt.append(secret)
-        return split(bytes(32) if len(dealt) == 3 else secret, *arguments)  # the seed of the second device
+        return split(bytes(16) if len(dealt) == 3 else secret, *arguments)  # the seed of the second device
 
     monkeypatch.setattr(client, "split", cheating)
     hive = Hive(5)
@@ -567,7 +577,7 @@ def test_a_dealer_whose_shares_are_of_no_use_is_banned_and_the_retry_succeeds(
     def splitting(secret: bytes, threshold: int, xs: Sequence[int], random_bytes: Any) -> list[bytes]:
         calls["split"] += 1
         shares = split(secret, threshold, xs, random_bytes)
-        return [b"\xff" * 33] * len(shares) if how.startswith("shares") and calls["split"] == 3 else shares
+        return [b"\xff" * 16] * len(shares) if how.startswith("shares") and calls["split"] == 3 else shares
 
     monkeypatch.setattr(client, "seal", sealing)
     monkeypatch.setattr(client, "split", splitting)
@@ -714,3 +724,66 @@ def test_an_app_without_the_mod_is_named() -> None:
     messages = [grid.create_message(RecordDict({"arrays": record(MODEL)}), "train", node, "") for node in (1, 2, 3)]
     with pytest.raises(TooFewPeersError, match="said hello"):
         grid.send_and_receive(messages)
+
+
+# Descriptors are sent once
+
+
+def told(hive: Hive, node: int) -> list[int]:
+    """How many descriptors each prepare request to a node had."""
+    requests = [m for m in hive.wire.requests if exchange_of(m) == "prepare" and m.metadata.dst_node_id == node]
+    return [len(from_bytes(PrepareRequest, body_of(request)).descriptors) for request in requests]
+
+
+def forget_peers(hive: Hive, index: int, peers: Iterable[int]) -> None:
+    def forget(device: Device) -> None:
+        for peer in peers:
+            del device.state.peers[peer]
+
+    hive.stores[index].change(forget)
+
+
+def test_a_device_that_forgot_its_peers_is_told_again_in_the_same_attempt() -> None:
+    hive = Hive(5, attempts=1)
+    require_mean(hive.round(), range(5))
+    forget_peers(hive, 2, [4])
+    forget_peers(hive, 3, [0, 1, 2, 4])
+    for _ in range(2):
+        reply = hive.round(model={"w": MODEL["w"] + 1})
+        assert (outcome_of(reply).survivors, outcome_of(reply).failures) == (5, ())
+    assert [told(hive, node) for node in (1, 3, 4)] == [[4, 0, 0], [4, 0, 4, 0], [4, 0, 4, 0]]
+
+
+def test_a_device_that_fell_silent_is_told_again_of_what_it_may_not_have_heard() -> None:
+    hive = Hive(5)
+    hive.wire.lose = lambda exchange, node: (exchange, node) == ("prepare", 2)
+    require_mean(hive.round(), [0, 2, 3, 4])
+    hive.wire.lose = lambda exchange, node: False
+    later = {"w": MODEL["w"] + 1}
+    require_mean(hive.round(model=later), range(5), model=later)
+    assert told(hive, 2) == [4, 4]
+    assert told(hive, 1) == [4, 0]
+
+
+def test_a_device_that_never_knows_its_peers_is_asked_twice_and_left_out() -> None:
+    def shifty(exchange: str, message: Message) -> Message:
+        """To node 3 nobody is ever introduced."""
+        if (exchange, message.metadata.dst_node_id) != ("prepare", 3):
+            return message
+        return with_body(message, to_bytes(replace(from_bytes(PrepareRequest, body_of(message)), descriptors=())))
+
+    hive = Hive(5)
+    hive.wire.deliver = shifty
+    reply = hive.round()
+    require_mean(reply, [0, 1, 3, 4])
+    assert outcome_of(reply).failures == ("prepare: unknown-peer",)
+    assert told(hive, 3) == [4, 4]
+
+
+def test_another_grid_tells_everything_again() -> None:
+    """As after a restart of the server: what devices know already is no surprise to them."""
+    hive = Hive(5)
+    hive.round()
+    hive.grid = SecureGrid(hive.wire, FedAvg(), hive.federation.verified_roster, hive.protection)
+    require_mean(hive.round(), range(5))
+    assert told(hive, 1) == [4, 4]
