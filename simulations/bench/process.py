@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -30,8 +31,13 @@ class Timing:
     output: str
 
 
-def time_module(module: str, arguments: Sequence[str]) -> Timing:
+def time_module(module: str, arguments: Sequence[str], running: set[subprocess.Popen[str]] | None = None) -> Timing:
     """Run ``python -m MODULE ARGUMENTS`` as a process of its own.
+
+    Args:
+        module: to run.
+        arguments: for it.
+        running: holds the process while it runs, so that somebody else can end it.
 
     Raises:
         PropolisError: it exited with another code than 0.
@@ -39,7 +45,10 @@ def time_module(module: str, arguments: Sequence[str]) -> Timing:
     command = [sys.executable, "-m", module, *arguments]
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+            _member(running, process),
+        ):
             output = process.stdout.read() if process.stdout else ""
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -49,6 +58,18 @@ def time_module(module: str, arguments: Sequence[str]) -> Timing:
             raise PropolisError(f"{' '.join(command[2:])} exited with {process.returncode}: {last_line}")
     unit = 1 if sys.platform == "darwin" else 1024
     return Timing(time.perf_counter() - began, usage.ru_maxrss * unit / 1e6, output)
+
+
+@contextmanager
+def _member(running: set[subprocess.Popen[str]] | None, process: subprocess.Popen[str]) -> Iterator[None]:
+    if running is None:
+        yield
+        return
+    running.add(process)
+    try:
+        yield
+    finally:
+        running.discard(process)
 
 
 def machine(packages: Sequence[str]) -> Mapping[str, str]:

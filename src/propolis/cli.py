@@ -137,6 +137,33 @@ def bench_secagg(
     run_benchmark(out or Path("runs") / "bench-secagg.json", as_json, jobs(dimension))
 
 
+@bench_app.command("codec")
+def bench_codec(
+    as_json: JsonFlag = False,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the figures as JSON; a chart beside it.")] = None,
+    parts: Annotated[
+        list[str] | None,
+        typer.Option("--part", help="Only this: speed, messages, flower, or job a, b or c; may be repeated."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Seeds of job a's runs.", min=1, max=100)] = 3,
+    rounds: Annotated[
+        int, typer.Option("--rounds", help="Rounds of job a's reference; the others' follow.", min=2)
+    ] = 80,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with the data of Fashion-MNIST.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out the runs that --out has already.")] = False,
+) -> None:
+    """Accuracy against bytes for every codec, beside plain FedAvg and Flower's SecAgg+ (about half an hour)."""
+    from propolis.simulations.bench.codec import published_work, run_benchmark
+
+    figures = out or Path("runs") / "bench-codec.json"
+    try:
+        run_benchmark(figures, as_json, published_work(parts or (), seeds, rounds, data), resume)
+    except KeyboardInterrupt:
+        _stop(
+            f"interrupted; what has ended is in {figures}: go on with the same command and --resume", EXIT_INTERRUPTED
+        )
+
+
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
     import click
