@@ -103,13 +103,58 @@ class Ring:
         return np.frombuffer(data, self.dtype).copy()
 
     def _pack_block(self, x: Vector) -> bytes:
+        if self.width < 8:
+            return _pack_octets(x, self.width)[: self.packed_size(len(x))]
         as_bytes = np.ascontiguousarray(x, self.dtype).view(np.uint8).reshape(len(x), -1)
         bits = np.unpackbits(as_bytes, axis=1, count=self.width, bitorder="little")
         return np.packbits(bits, bitorder="little").tobytes()
 
     def _unpack_block(self, data: NDArray[np.uint8], out: Vector) -> None:
+        if self.width < 8:
+            _unpack_octets(data, self.width, out)
+            return
         bits = np.unpackbits(data, count=len(out) * self.width, bitorder="little").reshape(len(out), self.width)
         whole = np.zeros((len(out), self.dtype.itemsize), np.uint8)
         as_bytes = np.packbits(bits, axis=1, bitorder="little")
         whole[:, : as_bytes.shape[1]] = as_bytes
         out[:] = whole.view(self.dtype)[:, 0]
+
+
+def _pack_octets(x: Vector, width: int) -> bytes:
+    """Eight elements of fewer than eight bits at a time, in words of 64 bits, whose lanes are pushed together in pairs.
+
+    So eight elements of five bits become four lanes of ten bits, two of twenty, and one of forty, which is five bytes.
+    """
+    words = np.zeros(-(-len(x) // 8), "<u8")
+    words.view(np.uint8)[: len(x)] = x
+    for lane in (8, 16, 32):
+        low = _low_lanes(lane, width)
+        upper = words >> np.uint64(lane)
+        upper &= low
+        upper <<= np.uint64(lane * width // 8)
+        words &= low
+        words |= upper
+    return words.view(np.uint8).reshape(-1, 8)[:, :width].tobytes()
+
+
+def _unpack_octets(data: NDArray[np.uint8], width: int, out: Vector) -> None:
+    """The inverse of `_pack_octets`."""
+    words = np.zeros(-(-len(out) // 8), "<u8")
+    octets = words.view(np.uint8).reshape(-1, 8)
+    whole = len(data) // width
+    octets[:whole, :width] = data[: whole * width].reshape(-1, width)
+    octets[whole:, : len(data) - whole * width] = data[whole * width :]
+    for lane in (32, 16, 8):
+        low = _low_lanes(lane, width)
+        upper = words >> np.uint64(lane * width // 8)
+        upper &= low
+        upper <<= np.uint64(lane)
+        words &= low
+        words |= upper
+    out[:] = words.view(np.uint8)[: len(out)]
+
+
+def _low_lanes(lane: int, width: int) -> np.uint64:
+    """The bits in use of every other lane of a word; a lane of `lane` bits holds lane / 8 elements."""
+    used = (1 << lane * width // 8) - 1
+    return np.uint64(sum(used << at for at in range(0, 64, 2 * lane)))

@@ -38,12 +38,20 @@ def test_what_is_packed_is_unpacked(ring: Ring, data: st.DataObject) -> None:
     np.testing.assert_array_equal(unpacked, x)
 
 
-@pytest.mark.parametrize("ring", [Ring(width) for width in (3, 13, 17, 31, 32)], ids=lambda ring: str(ring.width))
+@pytest.mark.parametrize(
+    "ring", [Ring(width) for width in (3, 4, 5, 7, 13, 17, 31, 32)], ids=lambda ring: str(ring.width)
+)
 def test_long_vectors_are_packed_block_by_block_without_a_seam(ring: Ring) -> None:
     x = ring.reduce(np.random.default_rng(0).integers(0, 2**32, 2 * 65536 + 5, np.uint64).astype(ring.dtype))
     packed = ring.pack(x)
     assert packed == bits_lowest_first(x, ring)
     np.testing.assert_array_equal(ring.unpack(packed, len(x)), x)
+
+
+@pytest.mark.parametrize("width", range(2, 8))
+def test_bits_beyond_the_ring_do_not_reach_a_neighbour(width: int) -> None:
+    ring, x = Ring(width), np.random.default_rng(0).integers(0, 256, 101).astype(np.uint8)
+    assert ring.pack(x) == ring.pack(ring.reduce(x.copy()))
 
 
 @every_width
