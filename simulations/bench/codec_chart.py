@@ -10,6 +10,7 @@ from typing import Any
 
 from propolis.simulations.bench.codec_figures import WINDOW
 from propolis.simulations.bench.codec_jobs import CODECS, REFERENCE, Course
+from propolis.simulations.report import format_bytes
 
 # Okabe and Ito's colours, which differ for colour-blind eyes too; and a mark for each, for eyes without colours.
 _LOOKS = {
@@ -36,14 +37,14 @@ def draw_chart(courses: Sequence[Course], about: str, flower: float | None, devi
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, way in zip(axes, ("up", "down"), strict=True):
         for codec in CODECS:
             group = [course for course in courses if course.planned.codec == codec]
             if group:
                 _draw_codec(axis, group, codec, way)
-        axis.set_xscale("log")
+        _label_bytes(axis)
         axis.set_xlabel(f"bytes {way}, all devices, until this round")
         axis.grid(visible=True, which="major", color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
@@ -52,7 +53,7 @@ def draw_chart(courses: Sequence[Course], about: str, flower: float | None, devi
     _draw_peer(axes, references, flower, devices)
     _zoom(axes[0], courses)
     axes[0].set_ylabel(f"test accuracy, mean of the last {WINDOW} rounds")
-    axes[0].legend(loc="lower right", frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(about, fontsize=10)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
@@ -78,6 +79,16 @@ def _draw_codec(axis: Any, group: Sequence[Course], codec: str, way: str) -> Non
     axis.plot(sizes[-1], accuracy[-1], color=colour, marker=mark, markersize=6)
 
 
+def _label_bytes(axis: Any) -> None:
+    """A logarithmic axis with round numbers of bytes at it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(lambda size, _: format_bytes(size).replace(".00", ""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _draw_target(axes: Sequence[Any], references: Sequence[Course]) -> None:
     target = fmean(fmean(course.accuracy[-WINDOW:]) for course in references)
     for axis in axes:
@@ -94,7 +105,17 @@ def _draw_peer(axes: Sequence[Any], references: Sequence[Course], flower: float 
     received = fmean(sum(course.down) for course in references)  # the model alone, and more than that in truth
     for axis, size in zip(axes, (sent, received), strict=True):
         label = f"{name} ({len(references[0].up)} rounds, if as accurate)"
-        axis.plot(size, accuracy, color=colour, marker=mark, markersize=11, linestyle="none", label=label)
+        # Hollow: to the right it lies on the reference's own mark.
+        axis.plot(
+            *(size, accuracy),
+            color=colour,
+            marker=mark,
+            markersize=14,
+            markerfacecolor="none",
+            markeredgewidth=1.6,
+            linestyle="none",
+            label=label,
+        )
 
 
 def _zoom(axis: Any, courses: Sequence[Course]) -> None:

@@ -132,7 +132,7 @@ def _print_speed(console: Console, measured: Mapping[str, Any]) -> None:
         table.add_row(codec, *(f"{value:.3g}" for value in [*costs.values(), *_step_cells(measured, codec)]))
     console.print(table)
     console.print(
-        f"Per million parameters, on one core; {measured['dimension']:,} parameters, {measured['devices']} devices: "
+        f"Processor time per million parameters; {measured['dimension']:,} parameters, {measured['devices']} devices: "
         "a client's work, then the\nserver's per client. step: the model's next version, once a round; "
         "apply: on a device.",
         highlight=False,
