@@ -94,6 +94,11 @@ def _draw(candidates: NDArray[np.int64], density: float, seed: bytes) -> NDArray
     if density >= 1 or not len(candidates):
         return candidates
     count = max(1, round(density * len(candidates)))
-    words = random_words(derive_seed(seed, b"support"), len(candidates)).astype(np.uint64)
-    keys = words << np.uint64(32) | np.arange(len(candidates), dtype=np.uint64)  # no two alike
-    return candidates[keys < np.partition(keys, count)[count]] if count < len(keys) else candidates
+    if count == len(candidates):
+        return candidates
+    words = random_words(derive_seed(seed, b"support"), len(candidates))
+    largest = np.partition(words, count - 1)[count - 1]
+    chosen = words < largest
+    alike = np.flatnonzero(words == largest)  # of equal words the first ones
+    chosen[alike[: count - np.count_nonzero(chosen)]] = True
+    return candidates[chosen]
