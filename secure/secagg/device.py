@@ -8,7 +8,7 @@ holds a device loads its state, lets it answer, writes the state down, and only 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from propolis.secure import labels
@@ -21,11 +21,10 @@ from propolis.secure.identity import (
     descriptor_digest,
     prove_presence,
     trusted_roster,
-    verify_prekey,
 )
 from propolis.secure.ring import Vector
-from propolis.secure.secagg.client import Neighbour, Own, SecAggClient
-from propolis.secure.secagg.device_state import DeviceState, Peer
+from propolis.secure.secagg.client import Own, SecAggClient
+from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.masks import public_half
 from propolis.secure.secagg.messages import (
     ConfirmRequest,
@@ -38,6 +37,7 @@ from propolis.secure.secagg.messages import (
     to_bitmap,
     to_bytes,
 )
+from propolis.secure.secagg.peers import Acquaintances
 from propolis.secure.secagg.plan import Plan, Terms, terms_of
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
@@ -183,9 +183,10 @@ class Device:
         terms = terms_of(asked.plan)
         if asked.prekey_number != self.state.prekey_number or not self.state.prekey_private:
             raise TrustError(Refusal.KEYS, "the neighbours were given another prekey than this device's current one")
-        peers = self._peers(roster, terms.neighbours(self.state.index), asked)
+        acquaintances = Acquaintances(roster, self.state.peers)
+        peers = acquaintances.peers(terms.neighbours(self.state.index), asked)
         neighbours = [
-            self._neighbour(roster, index, peer, prekey)
+            acquaintances.neighbour(index, peer, prekey)
             for (index, peer), prekey in zip(peers.items(), asked.prekeys, strict=True)
         ]
         digest = descriptor_digest(self.state.descriptor)
@@ -251,39 +252,6 @@ class Device:
         draws = encoding.rotated or encoding.density < 1
         if draws and is_other_round and encoding.seed == before.encoding.seed:
             raise PeerError(Refusal.POLICY, "the codec's seed is that of another round")
-
-    def _peers(self, roster: TrustedRoster, neighbours: Sequence[int], asked: PrepareRequest) -> dict[int, Peer]:
-        """The neighbours of the round's graph, in rising order: introduced by the request, or remembered."""
-        introduced = dict(self._introduced(roster, signed) for signed in asked.descriptors)
-        if len(introduced) < len(asked.descriptors) or not introduced.keys() <= set(neighbours):
-            raise PeerError(Refusal.SETS, "the descriptors are not one each of some of the neighbours")
-        if len(asked.prekeys) != len(neighbours):
-            raise PeerError(Refusal.SETS, f"expected {len(neighbours)} prekeys, got {len(asked.prekeys)}")
-        return {index: introduced.get(index) or self._remembered(roster, index) for index in neighbours}
-
-    def _introduced(self, roster: TrustedRoster, signed: Signed) -> tuple[int, Peer]:
-        """Index and keys of a device whose descriptor is a member's, and the only one of its index."""
-        descriptor, digest = roster.descriptor(signed), descriptor_digest(signed)
-        index = descriptor.index
-        known = self.state.peers.get(index)
-        if known is not None and known.descriptor_digest != digest:
-            raise TrustError(Refusal.IDENTITY, f"device {index} comes with a second descriptor")
-        next_prekey = known.next_prekey if known is not None else 0
-        return index, Peer(digest, descriptor.signing_key, roster.require_member(index).public_key, next_prekey)
-
-    def _remembered(self, roster: TrustedRoster, index: int) -> Peer:
-        """The keys of a device that this one was told of, and that is still a member by the same invitation."""
-        entry, peer = roster.require_member(index), self.state.peers.get(index)
-        if peer is None or peer.invitation_key != entry.public_key:
-            raise PeerError(Refusal.UNKNOWN_PEER, f"this device was given no descriptor of device {index}")
-        return peer
-
-    def _neighbour(self, roster: TrustedRoster, index: int, peer: Peer, signed: Signed) -> Neighbour:
-        """A neighbour with a prekey that is its own, and fresh."""
-        prekey = verify_prekey(signed, roster.roster.federation, index, peer.signing_key)
-        if prekey.number < peer.next_prekey:
-            raise TrustError(Refusal.KEYS, f"the prekey {prekey.number} of device {index} was used before")
-        return Neighbour(index, peer.descriptor_digest, peer.signing_key, prekey.public_key, prekey.number)
 
     def require_reveals_left(self, model: bytes) -> None:
         """Against differencing: sums over one model are revealed a limited number of times, across all runs.

@@ -11,10 +11,11 @@ from protocol import Cohort, Round
 
 from propolis.protos import identity_pb2
 from propolis.secure.errors import Refusal
-from propolis.secure.identity import Prekey, Signed, SigningKey, agreement_key
+from propolis.secure.identity import Prekey, Signed, SigningKey, TrustedRoster, agreement_key
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.messages import PrepareReply, PrepareRequest, from_bytes, to_bytes
+from propolis.secure.secagg.peers import Acquaintances
 from propolis.secure.wire import decode
 
 PEERS = (1, 2, 3)
@@ -102,6 +103,17 @@ def test_a_remembered_peer_that_is_revoked_is_refused() -> None:
     prekeys = tuple(cohort.hello(index).prekey for index in PEERS)
     with refuses(Refusal.IDENTITY, "revoked"):
         cohort.device(0).prepare(to_bytes(PrepareRequest(plan, number, prekeys, ())))
+
+
+def test_a_revoked_peer_is_no_acquaintance_whatever_the_cohort_says() -> None:
+    """The plan's cohort is checked before; what is remembered does not rely on it."""
+    founded = found()
+    cohort = acquainted(founded)
+    revoked = TrustedRoster(founded.root.public_key, founded.root.sign_roster(founded.roster.revoking(1)))
+    request, known = brief(cohort.round(number=2)), cohort.federation.devices[0].peers
+    assert list(Acquaintances(cohort.roster, known).peers(PEERS, request)) == list(PEERS)
+    with refuses(Refusal.IDENTITY, "revoked"):
+        Acquaintances(revoked, known).peers(PEERS, request)
 
 
 def test_a_remembered_peer_whose_place_was_given_to_another_invitation_is_refused() -> None:
