@@ -101,4 +101,5 @@ def _draw(candidates: NDArray[np.int64], density: float, seed: bytes) -> NDArray
     chosen = words < largest
     alike = np.flatnonzero(words == largest)  # of equal words the first ones
     chosen[alike[: count - np.count_nonzero(chosen)]] = True
-    return candidates[chosen]
+    drawn: NDArray[np.int64] = candidates[chosen]
+    return drawn
