@@ -22,7 +22,8 @@ class Batch:
         messages: one for each node.
         timeout: seconds that each exchange may take.
         kind: what the round is for.
-        shared_input: digest of the content.
+        asked: digest of the content as the strategy made it.
+        shared_input: digest of the content as the devices get it.
         model_key: name of the record with the model.
         model: its arrays, as the devices get them.
         model_digest: of them.
@@ -32,6 +33,7 @@ class Batch:
     messages: list[Message]
     timeout: float
     kind: Kind
+    asked: bytes
     shared_input: bytes
     model_key: str
     model: Arrays
@@ -58,7 +60,7 @@ class Batch:
         (kind,) = (_KINDS[each] for each in types)
         digest = model_digest(model)
         shared_input = shared_input_of(content, digest, messages[0].metadata.group_id)
-        return cls(messages, timeout, kind, shared_input, key, model, digest, model)
+        return cls(messages, timeout, kind, shared_input, shared_input, key, model, digest, model)
 
     def with_model(self, model: Arrays) -> Self:
         """The same messages over another model of the same names, which is what the devices will rebuild."""

@@ -146,8 +146,9 @@ class SecureGrid(GridWrapper):
 
     def _round(self, batch: Batch) -> Message:
         channel = Channel(self.inner, batch.message_type, batch.messages[0].metadata.group_id, self._cancelled)
-        server = self._journal.recall(batch) if self._journal else None
-        return self._published_mean(batch, server or self._collected(batch, channel), channel)
+        if self._journal and (recalled := self._journal.recall(batch)):
+            return self._published_mean(*recalled, channel)
+        return self._published_mean(batch, self._collected(batch, channel), channel)
 
     def _collected(self, batch: Batch, channel: Channel) -> SecAggServer:
         """A round with the devices that are there, up to the shares that its sum needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from propolis.secure.errors import StorageError
@@ -9,6 +10,8 @@ from propolis.secure.identity import TrustedRoster
 from propolis.secure.secagg.server import SecAggServer
 from propolis.server.batch import Batch
 from propolis.storage import write_atomically
+
+_DIGEST = 32  # bytes
 
 
 class Journal:
@@ -26,19 +29,23 @@ class Journal:
     def keep(self, batch: Batch, server: SecAggServer) -> None:
         """Write a round down; raises StorageError."""
         self._is_fresh = False
-        write_atomically(self._path, batch.shared_input + server.to_bytes(), mode=0o600)
+        write_atomically(self._path, batch.asked + batch.shared_input + server.to_bytes(), mode=0o600)
 
-    def recall(self, batch: Batch) -> SecAggServer | None:
-        """The round that was written down for the same batch before this process was started, if there is one."""
+    def recall(self, batch: Batch) -> tuple[Batch, SecAggServer] | None:
+        """The round that was written down for the same batch before this process was started, if there is one.
+
+        Returns:
+            The batch over the very content that its devices masked for, and the server's role.
+        """
         if not self._is_fresh or not self._path.is_file():
             return None
         self._is_fresh = False
         data = self._path.read_bytes()
-        size = len(batch.shared_input)
-        if data[:size] != batch.shared_input:
+        asked, shared_input, state = data[:_DIGEST], data[_DIGEST : 2 * _DIGEST], data[2 * _DIGEST :]
+        if asked != batch.asked:
             return None
         try:
-            server = SecAggServer.from_bytes(data[size:], self._roster)
+            server = SecAggServer.from_bytes(state, self._roster)
         except StorageError:  # of another roster, or another version
             return None
-        return server if server.terms.kind is batch.kind else None
+        return (replace(batch, shared_input=shared_input), server) if server.terms.kind is batch.kind else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from secure_app import MODEL, Hive, outcome_of, record
 
+from propolis.secure.codec.profiles import PROFILES
 from propolis.server.grid import SecureGrid
 from propolis.server.planner import Protection
 
 PROTECTION = Protection(max_weight=100.0, attempts=1)
 
 
-def grid_of(hive: Hive, journal: Path) -> SecureGrid:
-    return SecureGrid(hive.wire, FedAvg(), hive.federation.verified_roster, PROTECTION, journal=journal)
+def grid_of(hive: Hive, journal: Path, codec: str = "float32") -> SecureGrid:
+    protection = replace(PROTECTION, codec=PROFILES[codec])
+    return SecureGrid(hive.wire, FedAvg(), hive.federation.verified_roster, protection, journal=journal)
 
 
 def asked(number: int, kind: str = "train") -> list[Message]:
@@ -29,11 +32,13 @@ def weights(replies: list[Message]) -> dict[str, np.ndarray]:
     return {name: array.numpy() for name, array in replies[0].content.array_records["arrays"].items()}
 
 
-def test_after_a_crash_the_same_round_costs_no_second_reveal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", PROFILES)
+def test_after_a_crash_the_same_round_costs_no_second_reveal(tmp_path: Path, codec: str) -> None:
+    """Also where the devices were given a version of the model that nobody else can make again."""
     hive = Hive(5)
-    first = list(grid_of(hive, tmp_path / "journal").send_and_receive(asked(1)))
+    first = list(grid_of(hive, tmp_path / "journal", codec).send_and_receive(asked(1)))
     before = len(hive.wire.asked("unmask"))
-    again = list(grid_of(hive, tmp_path / "journal").send_and_receive(asked(1)))
+    again = list(grid_of(hive, tmp_path / "journal", codec).send_and_receive(asked(1)))
     assert len(hive.wire.asked("unmask")) == before
     assert outcome_of(again[0]).survivors == 5
     for name, values in weights(first).items():
