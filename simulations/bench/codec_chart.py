@@ -20,7 +20,7 @@ _LOOKS = {
     "thin": ("#D55E00", "D", "secagg, thin"),
 }
 _PEER = ("#009E73", "*", "Flower's SecAgg+")
-# Accuracies below this share of the way from the lowest to the highest are left out: all curves are steep there.
+# Accuracies below this share of the way from the lowest to the highest are left out, except where a curve ends there.
 _SHOWN = 0.55
 
 Curve = tuple[list[float], list[float]]
@@ -84,7 +84,7 @@ def _label_bytes(axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axis.xaxis.set_major_formatter(lambda size, _: format_bytes(size).replace(".00", ""))
     axis.xaxis.set_minor_formatter(NullFormatter())
 
@@ -119,7 +119,8 @@ def _draw_peer(axes: Sequence[Any], references: Sequence[Course], flower: float 
 
 
 def _zoom(axis: Any, courses: Sequence[Course]) -> None:
-    means = [mean for course in courses for mean in curve_of(course, "up")[1]]
-    low, high = min(means), max(means)
-    room = max(0.02 * (high - low), 1e-3)
-    axis.set_ylim(low + _SHOWN * (high - low) - room, high + room)
+    curves = [curve_of(course, "up")[1] for course in courses]
+    low, high = min(map(min, curves)), max(map(max, curves))
+    height = max(high - low, 1e-3)
+    worst = min(curve[-1] for curve in curves)
+    axis.set_ylim(min(low + _SHOWN * height, worst - 0.1 * height), high + 0.03 * height)

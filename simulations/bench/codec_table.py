@@ -26,6 +26,8 @@ def print_tables(console: Console, figures: Mapping[str, Any]) -> None:
 
 
 def _print_runs(console: Console, figures: Mapping[str, Any]) -> None:
+    for job, about in figures["jobs"].items():
+        console.print(f"job {job}: {about['about']}, {about['dimension']:,} parameters", highlight=False)
     console.print(_bytes_table(figures))
     console.print(
         "Bytes per device and round, all messages. x less: than float32 unprotected of the same job; SecAgg+: than\n"
@@ -52,7 +54,7 @@ def _bytes_table(figures: Mapping[str, Any]) -> Table:
         "codec", "up", "down", "up\nx less", "down\nx less", "SecAgg+\nx less", "up until\nthere", "down until\nthere"
     )
     for job, rows in _by_job(figures):
-        _head(table, figures, job)
+        _head(table, job)
         for row in rows:
             value = _mean_of(row)
             ratios = ("up_ratio", "down_ratio", "flower_ratio", "total_up_ratio", "total_down_ratio")
@@ -68,7 +70,7 @@ def _bytes_table(figures: Mapping[str, Any]) -> Table:
 def _accuracy_table(figures: Mapping[str, Any]) -> Table:
     table = _table("codec", "rounds", "seed", "last", "mean\nof ten", "points", "there\nin round", "up", "down")
     for job, rows in _by_job(figures):
-        _head(table, figures, job)
+        _head(table, job)
         for row in rows:
             for place, seed in enumerate(row["seeds"]):
                 table.add_row(
@@ -98,15 +100,15 @@ def _ring_table(figures: Mapping[str, Any]) -> Table:
     for job, rows in _by_job(figures):
         rotating = [row for row in rows if "wraps" in row["figures"]]
         if rotating:
-            _head(table, figures, job)
+            _head(table, job)
         for row in rotating:
             value = _mean_of(row)
             names = ("widest", "wraps", "expected", "expected_alike", "correlation")
             table.add_row(
                 _name(row["codec"]),
-                *(f"{value(name):.2g}" for name in names),
+                *(_number(value(name)) for name in names),
                 f"{value('clipped'):.2%}",
-                f"{value('saturated'):.3g}",
+                _number(value("saturated")),
             )
     return table
 
@@ -148,10 +150,9 @@ def _by_job(figures: Mapping[str, Any]) -> Iterable[tuple[str, list[Mapping[str,
     return [(job, [row for row in figures["summary"] if row["job"] == job]) for job in names]
 
 
-def _head(table: Table, figures: Mapping[str, Any], job: str) -> None:
+def _head(table: Table, job: str) -> None:
     table.add_section()
-    about = figures["jobs"].get(job)
-    table.add_row(f"{job}: {about['about']}, d={about['dimension']:,}" if about else job, style="bold")
+    table.add_row(f"job {job}", style="bold")
 
 
 def _table(first: str, *others: str) -> Table:
@@ -176,3 +177,7 @@ def _name(codec: str) -> str:
 
 def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}x"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"

@@ -193,6 +193,7 @@ def test_the_tables_have_every_run(ran: Path, capsys: pytest.CaptureFixture[str]
     for row in figures["summary"]:
         assert f"{row['figures']['up']['mean']:,.0f}" in printed
         assert f"{row['figures']['last']['mean']:.4f}" in printed
+    assert f"job a: digits, {figures['jobs']['a']['dimension']:,} parameters" in printed
     assert "…" not in printed
 
 
