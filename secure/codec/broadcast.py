@@ -27,8 +27,8 @@ LARGEST_VALUES = 2**30
 _DEAD_ZONE = 0.6
 # What a value is that is as good as zero but not pruned: zero is what a pruned value is.
 NOT_PRUNED = np.float32(1e-30)
-# Of the first version, which starts from zeros: fine enough to be as good as the model itself.
-FIRST_STEP = 1 / 32
+# Of the first version, which starts from zeros: fine enough for a model to begin with.
+FIRST_STEP = 1 / 8
 _LARGEST_SYMBOL = {1: 2**7 - 1, 2: 2**15 - 1}
 
 _METHODS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (

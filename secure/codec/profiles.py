@@ -67,6 +67,6 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "float32": Profile(),
         "dense": Profile(width=4, rotated=True, broadcast=0.5),
-        "thin": Profile(width=5, rotated=True, density=0.1, keep=256, broadcast=3.5),
+        "thin": Profile(width=5, rotated=True, density=0.1, keep=256, broadcast=3.4),
     }
 )

@@ -116,7 +116,7 @@ class Settings(BaseModel):
         None,
         ge=0,
         le=100,
-        description="Coarseness of the model's way to the devices; 0 (whole), 0.5 (dense), 3.5 (thin).",
+        description="Coarseness of the model's way to the devices; 0 (whole), 0.5 (dense), 3.4 (thin).",
     )
 
     @field_validator("strategy", mode="before")
