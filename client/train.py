@@ -167,12 +167,12 @@ class LocalTrainer:
         self.model.train()
         optimizer = self._optimizer(config)
         start = [p.detach().clone() for p in self._parameters] if config.proximal_mu else []
-        pruned = [pruned_entries(p.detach()) for p in self._parameters] if config.pruned else []
+        kept = [(~pruned_entries(p.detach())).to(p.dtype) for p in self._parameters] if config.pruned else []
         lr, losses, sizes = config.round_lr, [], []
         for positions in _batches(len(examples), config):
             inputs, labels = examples.batch(positions, self.device)
             loss = self.task.loss(self.model(inputs), labels)
-            gradients = self._gradients(loss, config, start, pruned)
+            gradients = self._gradients(loss, config, start, kept)
             with torch.no_grad():
                 optimizer.step(gradients, lr)
             losses.append(loss.detach())
@@ -197,13 +197,13 @@ class LocalTrainer:
             return Adam(self._parameters, config.weight_decay)
         return Sgd(self._parameters, config.momentum, config.weight_decay)
 
-    def _gradients(self, loss: Tensor, config: TrainConfig, start: list[Tensor], pruned: list[Tensor]) -> list[Tensor]:
+    def _gradients(self, loss: Tensor, config: TrainConfig, start: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
         gradients = list(torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True))
         if start:  # gradient of mu/2 |w - w_t|^2 (Li et al., FedProx, 2020, equation 2)
             pairs = zip(gradients, self._parameters, start, strict=True)
             gradients = [g + config.proximal_mu * (p.detach() - p0) for g, p, p0 in pairs]
-        if pruned:  # a zero without a gradient has no momentum, decay or proximal term either: it stays zero
-            gradients = [g.masked_fill(zeros, 0.0) for g, zeros in zip(gradients, pruned, strict=True)]
+        if kept:  # a zero without a gradient has no momentum, decay or proximal term either: it stays zero
+            gradients = [g * k for g, k in zip(gradients, kept, strict=True)]
         if config.clip_norm:
             norm = nn.utils.get_total_norm(gradients)
             scale = torch.clamp(config.clip_norm / (norm + 1e-6), max=1.0)

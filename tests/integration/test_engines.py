@@ -48,17 +48,21 @@ def test_the_ray_backend_gives_the_same_result_file(tmp_path: Path) -> None:
     assert per_survivor[0] == pytest.approx(per_survivor[1], rel=0.01)
 
 
-def test_secure_sums_are_the_same_on_ray(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prune", ["0", "0.5"])
+def test_secure_sums_are_the_same_on_ray(tmp_path: Path, prune: str) -> None:
     """Masks and keys differ in every run; the sum is exact, whoever was first, and rounding is seeded."""
-    losses = []
+    losses, models = [], []
     for backend in ("local", "ray"):
-        flags = ["--clients", "4", "--rounds", "2", "--protection", "secagg", "--backend", backend, "--out", backend]
+        flags = ["--clients", "4", "--rounds", "2", "--protection", "secagg", "--backend", backend]
+        flags += ["--prune", prune, "--out", backend]
         done = subprocess.run(
             [sys.executable, "-m", "propolis", "simulate", *flags, "--json"],
             cwd=tmp_path, capture_output=True, text=True, timeout=END_AFTER_S, check=True,
         )  # fmt: skip
         losses.append([record["loss"] for record in json.loads(done.stdout)["history"]])
+        models.append((tmp_path / backend / "model.safetensors").read_bytes())
     assert losses[0] == losses[1]
+    assert models[0] == models[1]
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_trainable_matrices_and_kernels_are_pruned_and_nothing_else() -> None:
     pruning = Pruning.of(Settings(prune=0.5), Mixed())
     assert pruning is not None
     assert set(pruning.weights) == {("first.weight", "again.weight"), ("kernel.weight",)}
-    assert Pruning.of(Settings(), Mixed()) is None
+    assert Pruning.of(Settings(prune_end=3), Mixed()) is None
     with pytest.raises(UsageError, match=r"prune is 0\.5, but the model has no trainable array of two dimensions"):
         Pruning.of(Settings(prune=0.5), nn.LayerNorm(3))
 
@@ -221,10 +221,11 @@ def test_a_strategy_with_a_model_of_its_own_goes_on_from_the_pruned_one() -> Non
         np.testing.assert_array_equal(array.numpy(), run.state.model.arrays[name])
 
 
-def test_devices_evaluate_the_pruned_model() -> None:
+def test_the_pruned_model_is_the_one_that_is_evaluated() -> None:
     run = pruned_run(Recording(), prune=0.9, prune_end=1, rounds=1, evaluate_fraction=1.0)
     expected = LocalTrainer(Blobs(), CPU)
     expected.load({name: torch.from_numpy(array) for name, array in run.state.model.arrays.items()})
-    assert run.state.history[0].metrics["device-loss"] == pytest.approx(
-        expected.evaluate(Blobs().data().train)["loss"], rel=1e-6
-    )
+    (record,) = run.state.history
+    assert record.loss == pytest.approx(expected.evaluate(Blobs().data().test)["loss"], rel=1e-6)
+    on_devices = expected.evaluate(Blobs().data().train)["loss"]
+    assert record.metrics["device-loss"] == pytest.approx(on_devices, rel=1e-6)
