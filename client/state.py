@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import threading
 import time
@@ -23,6 +24,8 @@ from propolis.storage import write_atomically
 T = TypeVar("T")
 
 STATE_FILE, LOCK_FILE, MODEL_FILE = "device.state", "device.lock", "model.version"
+_log = logging.getLogger("propolis.client")
+
 _LOCK_DEADLINE_S, _LOCK_POLL_S = 30.0, 0.01
 
 # Keys of a Flower node's configuration, which is set on the device and which the server cannot change.
@@ -61,7 +64,7 @@ class DeviceStore(Protocol):
         """The last version of the global model that the device was given, which is no secret; None without one."""
 
     def keep_model(self, version: Version) -> None:
-        """Keep a version in place of the last one; raises StorageError."""
+        """Keep a version in place of the last one, if it can be kept."""
 
 
 class SharedVersion:
@@ -138,8 +141,9 @@ class FileStore:
         """See `DeviceStore.change`."""
         path = self._folder / STATE_FILE
         with _locked(self._folder / LOCK_FILE):
-            for stale in self._folder.glob(f".{STATE_FILE}.*"):  # of a write that a crash ended: it holds old secrets
-                stale.unlink(missing_ok=True)
+            for file in (STATE_FILE, MODEL_FILE):
+                for stale in self._folder.glob(f".{file}.*"):  # of a write that a crash ended: it may hold old secrets
+                    stale.unlink(missing_ok=True)
             before = _read(path)
             device = Device(DeviceState.from_bytes(before), self.policy, time.time())
             result = step(device)
@@ -157,7 +161,10 @@ class FileStore:
 
     def keep_model(self, version: Version) -> None:
         """See `DeviceStore.keep_model`."""
-        write_atomically(self._folder / MODEL_FILE, version.to_bytes(), mode=0o600)
+        try:
+            write_atomically(self._folder / MODEL_FILE, version.to_bytes(), mode=0o600)
+        except StorageError as error:  # it costs the whole model the next time, and not this round
+            _log.warning("cannot keep the model: %s", error)
 
 
 def policy_of(node_config: Mapping[str, Any]) -> Policy:

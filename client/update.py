@@ -28,12 +28,13 @@ from propolis.messages import (
     open_record,
     protocol_record,
     refusal_code,
+    shapes_of,
     shared_input_of,
-    values_elsewhere,
+    sizes_elsewhere,
     without_record,
 )
 from propolis.secure.codec.pipeline import Pipeline
-from propolis.secure.codec.series import Broadcast, rebuild
+from propolis.secure.codec.series import Broadcast, Version, rebuild
 from propolis.secure.codec.update import Update, encode_update
 from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError
 from propolis.secure.secagg.device import Device, Upload
@@ -111,47 +112,52 @@ def _upload(
     store: DeviceStore, request: bytes, message: Message, context: Context, call_next: ClientAppCallable
 ) -> bytes:
     """Train in the app, and mask what it gives; the store is free while the app trains."""
-    content = _with_rebuilt_model(store, message.content)
+    content, version = _with_rebuilt_model(store, message.content)
     old = model_in(content)
     model = model_digest(old)
     shared_input = shared_input_of(content, model, message.metadata.group_id)
 
-    def begin(device: Device) -> tuple[bytes | None, Terms, int, bytes]:
+    def begin(device: Device) -> tuple[bytes | None, Terms, Pipeline, int, bytes]:
         terms = device.terms
         if message.metadata.message_type != terms.kind.name.lower():
             kinds = f"{message.metadata.message_type} in a round to {terms.kind.name.lower()}"
             raise PeerError(Refusal.MODEL, f"a message to {kinds}")
         _require_names(old, terms, exactly=False)
         device.require_reveals_left(model)
+        pipeline = Pipeline(terms.plan.encoding, len(terms.cohort), shapes_of(old), old)
+        device.require_share(pipeline.support)
         place = terms.place(device.state.index)
-        return device.begin_upload(request, shared_input), terms, place, device.rounding_seed()
+        return device.begin_upload(request, shared_input), terms, pipeline, place, device.rounding_seed()
 
-    stored, terms, place, seed = store.change(begin)
+    stored, terms, pipeline, place, seed = store.change(begin)
     if stored is not None:
         return stored
+    if version is not None:
+        store.keep_model(version)
     message.content = content
     try:
         update = _within(_update_of(_trained(message, context, call_next), old, terms), store.policy)
         rng = np.random.default_rng(int.from_bytes(seed, "big"))
-        shapes = {name: array.shape for name, array in old.items()}
-        pipeline = Pipeline(terms.plan.encoding, len(terms.cohort), shapes, old)
         vector, lanes, metrics = encode_update(update, pipeline, place, rng)
-    except RefusedError:
+    except Exception:  # whatever it is, that there is one says something of the data
         store.change(lambda device: device.count_reveal(model))
         raise
     upload = Upload(shared_input, model, vector, lanes, metrics)
     return store.change(lambda device: device.upload(request, upload))
 
 
-def _with_rebuilt_model(store: DeviceStore, content: RecordDict) -> RecordDict:
-    """What the application put into a message, with the model from what this device has and what came."""
+def _with_rebuilt_model(store: DeviceStore, content: RecordDict) -> tuple[RecordDict, Version | None]:
+    """What the application put into a message, with the model from what this device has and what came.
+
+    Returns:
+        The content; the version, to be kept once the message has been accepted, where it came as one.
+    """
     way = broadcast_in(content)
     content = without_record(content)
     if not way:
-        return content
-    version = rebuild(Broadcast.from_bytes(way), store.recall_model(), values_elsewhere(content))
-    store.keep_model(version)
-    return fill_model(content, version.values)
+        return content, None
+    version = rebuild(Broadcast.from_bytes(way), store.recall_model(), sizes_elsewhere(content))
+    return fill_model(content, version.values), version
 
 
 def _trained(message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpropolis/protos/update.proto\x12\x12propolis.update.v1\"K\n\x05\x44\x65lta\x12\x0c\n\x04step\x18\x01 \x01(\x02\x12\x14\n\x0csymbol_bytes\x18\x02 \x01(\r\x12\x0f\n\x07symbols\x18\x03 \x01(\x0c\x12\r\n\x05zeros\x18\x04 \x01(\x0c\"\x96\x01\n\tBroadcast\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0e\n\x06series\x18\x02 \x01(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\r\n\x05\x66irst\x18\x04 \x01(\r\x12)\n\x06\x64\x65ltas\x18\x05 \x03(\x0b\x32\x19.propolis.update.v1.Delta\x12\x0e\n\x06values\x18\x06 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\"M\n\nRemembered\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0e\n\x06series\x18\x02 \x01(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06values\x18\x04 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpropolis/protos/update.proto\x12\x12propolis.update.v1\"L\n\x05\x44\x65lta\x12\r\n\x05steps\x18\x01 \x03(\x02\x12\x14\n\x0csymbol_bytes\x18\x02 \x01(\r\x12\x0f\n\x07symbols\x18\x03 \x01(\x0c\x12\r\n\x05zeros\x18\x04 \x01(\x0c\"\x96\x01\n\tBroadcast\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0e\n\x06series\x18\x02 \x01(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\r\n\x05\x66irst\x18\x04 \x01(\r\x12)\n\x06\x64\x65ltas\x18\x05 \x03(\x0b\x32\x19.propolis.update.v1.Delta\x12\x0e\n\x06values\x18\x06 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x0c\"M\n\nRemembered\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0e\n\x06series\x18\x02 \x01(\x0c\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06values\x18\x04 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'propolis.protos.update_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DELTA']._serialized_start=52
-  _globals['_DELTA']._serialized_end=127
-  _globals['_BROADCAST']._serialized_start=130
-  _globals['_BROADCAST']._serialized_end=280
-  _globals['_REMEMBERED']._serialized_start=282
-  _globals['_REMEMBERED']._serialized_end=359
+  _globals['_DELTA']._serialized_end=128
+  _globals['_BROADCAST']._serialized_start=131
+  _globals['_BROADCAST']._serialized_end=281
+  _globals['_REMEMBERED']._serialized_start=283
+  _globals['_REMEMBERED']._serialized_end=360
 # @@protoc_insertion_point(module_scope)

@@ -7,16 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Delta(_message.Message):
-    __slots__ = ("step", "symbol_bytes", "symbols", "zeros")
-    STEP_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("steps", "symbol_bytes", "symbols", "zeros")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     SYMBOL_BYTES_FIELD_NUMBER: _ClassVar[int]
     SYMBOLS_FIELD_NUMBER: _ClassVar[int]
     ZEROS_FIELD_NUMBER: _ClassVar[int]
-    step: float
+    steps: _containers.RepeatedScalarFieldContainer[float]
     symbol_bytes: int
     symbols: bytes
     zeros: bytes
-    def __init__(self, step: _Optional[float] = ..., symbol_bytes: _Optional[int] = ..., symbols: _Optional[bytes] = ..., zeros: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, steps: _Optional[_Iterable[float]] = ..., symbol_bytes: _Optional[int] = ..., symbols: _Optional[bytes] = ..., zeros: _Optional[bytes] = ...) -> None: ...
 
 class Broadcast(_message.Message):
     __slots__ = ("format", "series", "version", "first", "deltas", "values", "digest")

@@ -47,10 +47,12 @@ class Members:
     Attributes:
         roster: the federation's devices, verified.
         max_weight: largest number of examples that one of them may have; public.
+        seed: of the codec's public randomness, in a simulation that is to be repeated; None: new every round.
     """
 
     roster: TrustedRoster
     max_weight: float
+    seed: int | None = None
 
 
 class Observer(Protocol):
@@ -75,7 +77,7 @@ def run_digest(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def protection_of(settings: Settings, max_weight: float) -> Protection:
+def protection_of(settings: Settings, max_weight: float, seed: int | None = None) -> Protection:
     """How the settings ask for a run's sums to be protected; the run itself tries again, with other devices."""
     return Protection(
         max_weight=settings.max_weight or max_weight,
@@ -86,7 +88,7 @@ def protection_of(settings: Settings, max_weight: float) -> Protection:
         corrupted=settings.assume_corrupted,
         dropped=settings.assume_dropped,
         attempts=1,
-        seed=settings.seed,
+        seed=seed,
     )
 
 
@@ -177,7 +179,7 @@ class FederatedRun:
             grid,
             self._strategy,
             self._members.roster,
-            protection_of(self._settings, self._members.max_weight),
+            protection_of(self._settings, self._members.max_weight, self._members.seed),
             exact=model.buffers,
             frozen=model.frozen,
             cancelled=self._cancelled,

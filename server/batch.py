@@ -7,7 +7,7 @@ from typing import Self, cast
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from propolis.messages import PRUNED_KEY, RECORD, Arrays, model_digest, model_in, shared_input_of, with_model
+from propolis.messages import PRUNED_KEY, RECORD, Arrays, model_digest, model_in, shapes_of, shared_input_of, with_model
 from propolis.secure.errors import PeerError, UsageError
 from propolis.secure.secagg.plan import Kind
 
@@ -87,7 +87,7 @@ class Batch:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the model's arrays."""
-        return {name: array.shape for name, array in self.model.items()}
+        return shapes_of(self.model)
 
     @property
     def is_pruned(self) -> bool:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
 from numpy.typing import NDArray
 
-from propolis.messages import Arrays, model_digest, with_model_elsewhere
+from propolis.messages import MOST_VALUES, Arrays, shapes_of, with_model_elsewhere
 from propolis.secure.codec.broadcast import Values
-from propolis.secure.codec.series import SERIES_BYTES, ModelSeries
+from propolis.secure.codec.series import SERIES_BYTES, ModelSeries, Pace
 from propolis.secure.codec.sparsify import pruned_entries
 from propolis.secure.errors import UsageError
 from propolis.server.batch import Batch
 from propolis.server.channel import Content
-
-_VALUES, _TARGET = "values", "target"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,48 +42,57 @@ class Broadcaster:
     """Follows the strategy's model with a series of versions.
 
     Args:
-        coarseness: of a step, in units of the root mean square of what the devices lack.
+        coarseness: see `ModelSeries`.
     """
 
     def __init__(self, coarseness: float) -> None:
         self._coarseness = coarseness
         self._series: ModelSeries | None = None
-        self._target = b""  # digest of the model that the newest version was made for
+        self._start: Pace | None = None
+        self._is_pruned = False  # from the first batch on that is
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._names: tuple[str, ...] = ()
-        self._start: Values | None = None
         self._records = RecordDict()  # of the newest batch, without the values
         self._has: dict[int, int] = {}  # version by device index
+        self._ways: dict[int | None, bytes] = {}  # to the newest version, by the one that a device has
 
     def publish(self, batch: Batch, names: Sequence[str]) -> Batch:
         """The batch over what the devices will have of its model.
 
         Args:
             batch: over the strategy's own model.
-            names: of the arrays that travel as steps; the others travel as they are.
+            names: of the arrays that travel as steps, sorted; the others travel as they are.
 
         Raises:
-            UsageError: the model's shapes are not those of the rounds before.
+            UsageError: the model's shapes are not those of the rounds before, or it is not finite.
         """
         model = batch.precise
         self._require_same_shapes(model)
-        self._names = tuple(name for name in model if name in set(names))
-        digest = model_digest(model)
-        if self._series is None or digest != self._target:
-            target = self._flat(model, np.float32)
-            pruned = (
-                self._flat({n: pruned_entries(model[n]) for n in self._names}, np.bool_) if batch.is_pruned else None
+        self._names = tuple(names)
+        if (count := sum(model[name].size for name in self._names)) > MOST_VALUES:
+            raise UsageError(
+                f"the model has {count} values, and only {MOST_VALUES} can go down as steps: set broadcast to 0"
             )
-            if self._series is None:
-                self._series = ModelSeries(os.urandom(SERIES_BYTES), self._coarseness, len(target), self._start)
-            self._series.publish(target, pruned)
-            self._target = digest
+        target = self._flat(model, np.float32)
+        if not np.isfinite(target).all():
+            raise UsageError("the model is infinite or NaN")
+        if self._series is None:
+            sizes = [model[name].size for name in self._names]
+            self._series = ModelSeries(os.urandom(SERIES_BYTES), self._coarseness, sizes, self._start)
+        pruned_now = batch.is_pruned and not self._is_pruned
+        self._is_pruned |= batch.is_pruned
+        if pruned_now or self._series.pace is None or not np.array_equal(target, self._series.pace.target):
+            self._series.publish(target, self._pruned(model))
+            self._ways.clear()
         self._records = with_model_elsewhere(batch.content, self._names)
         return batch.with_model(self._rebuilt(model, self._series.values))
 
     def content_for(self, index: int) -> Content:
         """What is sent to a device: the application's records without the arrays' values, and the way to those."""
-        return Content(self._records, self._published.message_for(self._has.get(index)).to_bytes())
+        has = self._has.get(index)
+        if has not in self._ways:
+            self._ways[has] = self._published.message_for(has).to_bytes()
+        return Content(self._records, self._ways[has])
 
     def acknowledge(self, index: int) -> None:
         """Note that a device has the newest version."""
@@ -98,17 +104,22 @@ class Broadcaster:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """What a run needs to go on with the same versions: arrays by name; empty before the first."""
-        if self._series is None:
+        if self._series is None or self._series.pace is None:
             return {}
-        return {_VALUES: self._series.values, _TARGET: np.frombuffer(self._target, np.uint8)}
+        pace = self._series.pace
+        return {
+            "values": pace.values,
+            "target": pace.target,
+            "steps": np.array(pace.steps, np.float64),
+            "pruned": np.array(self._is_pruned),
+        }
 
     def resume_from(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `state` gave."""
         if state:
-            self._start = np.asarray(state[_VALUES], np.float32)
-            self._target = np.asarray(state[_TARGET], np.uint8).tobytes()
-            if len(self._start):
-                self._series = ModelSeries(os.urandom(SERIES_BYTES), self._coarseness, len(self._start), self._start)
+            steps = tuple(float(step) for step in state["steps"])
+            self._start = Pace(np.asarray(state["values"]), np.asarray(state["target"]), steps)
+            self._is_pruned = bool(state["pruned"])
 
     @property
     def _published(self) -> ModelSeries:
@@ -116,24 +127,27 @@ class Broadcaster:
             raise UsageError("no model has been published yet")
         return self._series
 
+    def _pruned(self, model: Arrays) -> NDArray[np.bool_] | None:
+        if not self._is_pruned:
+            return None
+        return self._flat({name: pruned_entries(model[name]) for name in self._names}, np.bool_)
+
     def _require_same_shapes(self, model: Arrays) -> None:
-        shapes = {name: array.shape for name, array in model.items()}
+        shapes = shapes_of(model)
         if self._shapes and shapes != self._shapes:
             changed = sorted(n for n in shapes.keys() | self._shapes.keys() if shapes.get(n) != self._shapes.get(n))
             raise UsageError(f"the model's {changed[0]} has another shape than in the rounds before")
         self._shapes = shapes
 
     def _flat(self, arrays: Mapping[str, NDArray[Any]], dtype: type) -> NDArray[Any]:
-        parts: list[NDArray[Any]] = [np.asarray(arrays[name], dtype).ravel() for name in self._names]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype)
+        with np.errstate(over="ignore"):
+            flat: list[NDArray[Any]] = [np.asarray(arrays[name]).astype(dtype).ravel() for name in self._names]
+        return np.concatenate(flat) if flat else np.zeros(0, dtype)
 
     def _rebuilt(self, model: Arrays, values: Values) -> Arrays:
         """The model with these values, in its own order."""
-        rebuilt, start = {}, 0
-        for name, array in model.items():
-            if name in self._names:
-                end = start + prod(array.shape)
-                rebuilt[name], start = values[start:end].reshape(array.shape), end
-            else:
-                rebuilt[name] = array
+        rebuilt, start = dict(model), 0
+        for name in self._names:
+            end = start + model[name].size
+            rebuilt[name], start = values[start:end].reshape(model[name].shape), end
         return rebuilt

@@ -138,7 +138,7 @@ def _members_of_run(settings: Settings, data: DataSet, grid: Grid, context: Cont
     if devices < SIMULATED.min_cohort:
         raise UsageError(f"a secure sum takes {SIMULATED.min_cohort} devices or more: this federation has {devices}")
     with federation_of_run(context.run_id, devices, settings.seed) as federation:
-        yield Members(federation.verified_roster, largest_device(settings, data, devices))
+        yield Members(federation.verified_roster, largest_device(settings, data, devices), settings.seed)
 
 
 client = make_client_app(_participant_of_run, [_mod_of_run])

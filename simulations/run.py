@@ -96,7 +96,7 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
         sampled = max(int(settings.clients * settings.fraction), settings.min_clients)
         parameters = sum(array.size for array in initial_model(settings, task).arrays.values())
         protection_of(settings, largest).require_feasible(sampled, parameters)
-    members = Members(federation.verified_roster, largest) if federation else None
+    members = Members(federation.verified_roster, largest, settings.seed) if federation else None
     start = _starting_state(settings, options, task)
     cancelled = threading.Event()
     checkpoint = options.out / CHECKPOINT

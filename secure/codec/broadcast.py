@@ -2,15 +2,16 @@
 
 The server's own model M keeps its precision; the devices train from B, which follows it: B += Q(M - B), where Q rounds
 to multiples of a step and drops what is small. What Q lost is still in M - B and goes out with a later step, so
-nothing is lost and B does not drift (error feedback on the server's side). Steps are sums of a few symbols that
-compress well, and they are the same for all devices: who missed some gets those as well.
+nothing is lost and B does not drift (error feedback on the server's side). The step follows the pace at which each
+array of M moves, not what has piled up, so that what has piled up goes out. Symbols are few and compress well, and they
+are the same for all devices: who missed some gets those as well.
 """
 
 from __future__ import annotations
 
 import bz2
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +23,13 @@ from propolis.secure.wire import between, sized
 
 Values = NDArray[np.float32]
 
-LARGEST_VALUES = 2**30
+# Bytes of all the values, compressed or not, and a letter before them.
+LARGEST_VALUES = 2**30 + 64
 # A value this part of a step goes to zero: half would be nearest, but zeros are what compresses.
 _DEAD_ZONE = 0.6
 # What a value is that is as good as zero but not pruned: zero is what a pruned value is.
 NOT_PRUNED = np.float32(1e-30)
-# Of the first version, which starts from zeros: fine enough for a model to begin with.
+# Step of the first version in units of each array's root mean square: fine enough for a model to begin with.
 FIRST_STEP = 1 / 8
 _LARGEST_SYMBOL = {1: 2**7 - 1, 2: 2**15 - 1}
 
@@ -41,57 +43,59 @@ _METHODS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
 class Delta:
     """One step; see protos/update.proto."""
 
-    step: float = between(0, 3.4e38)
+    steps: tuple[float, ...] = between(0, 3.4e38, count=2**16)
     symbol_bytes: int = between(1, 2)
     symbols: bytes = sized(1, LARGEST_VALUES)
     zeros: bytes = sized(0, LARGEST_VALUES)
 
 
 def step_towards(
-    values: Values, target: Values, pruned: NDArray[np.bool_] | None, coarseness: float
+    values: Values, target: Values, steps: Sequence[float], sizes: Sequence[int], pruned: NDArray[np.bool_] | None
 ) -> tuple[Delta, Values]:
     """The next version.
 
     Args:
         values: (d,) what the devices have.
-        target: (d,) what they should have.
+        target: (d,) finite; what they should have.
+        steps: of each array's grid; made coarser where a symbol would not hold what is lacking.
+        sizes: of each array; they add up to d.
         pruned: (d,) where the target is zero for good; None for nowhere.
-        coarseness: the step, in units of the root mean square of target - values.
 
     Returns:
         The delta, and the values that it leads to.
     """
     lacking = target - values
-    rms = float(np.sqrt(np.mean(np.square(lacking, dtype=np.float64)))) if len(lacking) else 0.0
-    largest = float(np.abs(lacking).max(initial=0.0))
-    step = np.float32(max(coarseness * rms, largest / _LARGEST_SYMBOL[2]))
-    if step > 0:
-        magnitudes = np.floor(np.abs(lacking) / step + np.float32(1 - _DEAD_ZONE))
-        symbols = np.copysign(magnitudes, lacking).astype(np.int16)
-    else:
-        symbols = np.zeros(len(values), np.int16)
-    newly = b""
     if pruned is not None:
-        symbols[pruned] = 0
-        if np.any(fresh := pruned & (values != 0)):
-            newly = compress(np.packbits(fresh).tobytes())
-    size = 1 if np.abs(symbols).max(initial=0) <= _LARGEST_SYMBOL[1] else 2
-    planes = symbols.astype(f"<i{size}").view(np.uint8).reshape(-1, size).T
-    delta = Delta(float(step), size, compress(planes.tobytes()), newly)
-    return delta, apply(values, delta)
+        lacking[pruned] = 0
+    fitting = tuple(
+        float(np.float32(max(step, float(np.abs(part).max(initial=0.0)) / _LARGEST_SYMBOL[2])))
+        for step, part in zip(steps, parts(lacking, sizes), strict=True)
+    )
+    each = _repeated(fitting, sizes)
+    magnitudes = np.abs(np.divide(lacking, each, out=np.zeros_like(lacking), where=each > 0))
+    symbols = np.copysign(np.floor(magnitudes + np.float32(1 - _DEAD_ZONE)), lacking).astype(np.int16)
+    newly = b""
+    if pruned is not None and np.any(fresh := pruned & (values != 0)):
+        newly = compress(np.packbits(fresh).tobytes())
+    width = 1 if np.abs(symbols).max(initial=0) <= _LARGEST_SYMBOL[1] else 2
+    planes = symbols.astype(f"<i{width}").view(np.uint8).reshape(-1, width).T
+    delta = Delta(fitting, width, compress(planes.tobytes()), newly)
+    return delta, apply(values, delta, sizes)
 
 
-def apply(values: Values, delta: Delta) -> Values:
+def apply(values: Values, delta: Delta, sizes: Sequence[int]) -> Values:
     """The values after a step; the same bits on every machine.
 
     Raises:
-        PeerError: the delta is not one for so many values, or leads to something infinite.
+        PeerError: the delta is not one for arrays of these sizes, or leads to something infinite.
     """
-    size, count = delta.symbol_bytes, len(values)
-    planes = np.frombuffer(decompress(delta.symbols, size * count), np.uint8).reshape(size, count)
-    symbols = np.ascontiguousarray(planes.T).view(f"<i{size}")[:, 0] if count else np.zeros(0, np.int8)
-    with np.errstate(over="ignore"):
-        after: Values = values + symbols.astype(np.float32) * np.float32(delta.step)
+    if len(delta.steps) != len(sizes):
+        raise PeerError(Refusal.MALFORMED, f"{len(delta.steps)} steps for {len(sizes)} arrays")
+    width, count = delta.symbol_bytes, len(values)
+    planes = np.frombuffer(decompress(delta.symbols, width * count), np.uint8).reshape(width, count)
+    symbols = np.ascontiguousarray(planes.T).view(f"<i{width}")[:, 0] if count else np.zeros(0, np.int8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        after: Values = values + symbols.astype(np.float32) * _repeated(delta.steps, sizes)
     after[(after == 0) & (symbols != 0)] = NOT_PRUNED
     if delta.zeros:
         packed = np.frombuffer(decompress(delta.zeros, (count + 7) // 8), np.uint8)
@@ -99,6 +103,15 @@ def apply(values: Values, delta: Delta) -> Values:
     if not np.isfinite(after).all():
         raise PeerError(Refusal.MODEL, "a step of the model leads to something infinite")
     return after
+
+
+def parts(values: Values, sizes: Sequence[int]) -> list[Values]:
+    """The values array by array."""
+    return np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
+
+
+def _repeated(steps: Sequence[float], sizes: Sequence[int]) -> Values:
+    return np.repeat(np.array(steps, np.float32), sizes)
 
 
 def values_digest(values: Values) -> bytes:

@@ -12,7 +12,7 @@ from propolis.secure.wire import between, sized
 
 SEED_BYTES = 32
 LARGEST_NORM = 1e30
-_SMALLEST_STEP, _LARGEST_STEP = 1e-18, 1e12
+_SMALLEST_STEP, _LARGEST_STEP = 1e-24, 1e15
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -59,6 +59,20 @@ class Encoding:
     def dimension(self, shapes: Shapes) -> int:
         """Number of entries of the quantized arrays, for arrays of these shapes."""
         return sum(prod(shapes[name]) for name in self.quantized)
+
+    def require_names(self, *, trains: bool) -> None:
+        """Refuse lists of arrays that are not sorted, name one twice, or name any where nothing is trained.
+
+        Raises:
+            UsageError: they are such.
+        """
+        names = [*self.quantized, *self.exact]
+        if list(self.quantized) != sorted(self.quantized) or list(self.exact) != sorted(self.exact):
+            raise UsageError("the names of the arrays are not sorted")
+        if len(set(names)) < len(names):
+            raise UsageError("an array is named twice")
+        if names and not trains:
+            raise UsageError("a round to evaluate sends back no arrays")
 
     def require_room(self, devices: int) -> None:
         """Refuse a grid on which the sum of so many devices is bound to leave the ring.

@@ -5,7 +5,8 @@
 
 Every stage between the clip and the rounding is linear and the same for all devices, so the decoded sum is the sum of
 the clipped updates up to rounding: in L2, over the coordinates that travel and weighted by `Support.gain`, within
-n * step * sqrt(size) always, and without a wrap. A stage that needs to see a single update has no place here.
+n * step * sqrt(size), where nothing was cut off and nothing wrapped. A stage that needs to see a single update has no
+place here.
 """
 
 from __future__ import annotations

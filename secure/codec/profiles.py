@@ -28,7 +28,7 @@ class Profile:
         keep: arrays of at most this many entries always travel whole.
         clip: largest L2 norm of a weighted change, in units of the devices' mean.
         wraps: coordinates of a round's sum that may be expected to leave the ring.
-        broadcast: step of the model's way to the devices, in units of the root mean square of what they lack. 0 sends
+        broadcast: step of the model's way to the devices, in units of the root mean square of its last move. 0 sends
             the whole model.
     """
 
@@ -66,7 +66,7 @@ class Profile:
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "float32": Profile(),
-        "dense": Profile(width=4, rotated=True, broadcast=0.5),
-        "thin": Profile(width=5, rotated=True, density=0.1, keep=256, broadcast=3.4),
+        "dense": Profile(width=4, rotated=True, broadcast=1.0),
+        "thin": Profile(width=5, rotated=True, density=0.1, keep=256, broadcast=12.0),
     }
 )

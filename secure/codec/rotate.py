@@ -8,6 +8,7 @@ ICML 2017, section 3).
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from propolis.secure.codec.public_random import random_bits
 
 BLOCK = 1024
+_GOLDEN = 0.6180339887498949
 
 Float = TypeVar("Float", np.float32, np.float64)
 
@@ -26,7 +28,7 @@ def padded_size(count: int) -> int:
     >>> [padded_size(d) for d in (0, 1, 3, 1024, 1500)]
     [0, 1, 4, 1024, 1536]
     """
-    whole, rest = divmod(_dealt_size(count), BLOCK)
+    whole, rest = divmod(count, BLOCK)
     return whole * BLOCK + (1 << (rest - 1).bit_length() if rest else 0)
 
 
@@ -40,10 +42,8 @@ def rotate(x: NDArray[np.float32], seed: bytes) -> NDArray[np.float32]:
     Returns:
         (padded_size(k),) of the same length in L2.
     """
-    dealt = np.zeros(_dealt_size(len(x)), np.float32)
-    dealt[: len(x)] = x
     padded = np.zeros(padded_size(len(x)), np.float32)
-    padded[: len(dealt)] = dealt.reshape(-1, _hands(len(x))).T.ravel()
+    padded[: len(x)] = x[_spread(len(x))]
     padded *= _signs(len(padded), seed)
     return _transform(padded)
 
@@ -52,20 +52,22 @@ def unrotate(y: NDArray[np.float64], count: int, seed: bytes) -> NDArray[np.floa
     """The inverse of `rotate`: (padded_size(count),) to (count,), in double precision."""
     transformed = _transform(y.copy())
     transformed *= _signs(len(y), seed)
-    return transformed[: _dealt_size(count)].reshape(_hands(count), -1).T.ravel()[:count]
+    x = np.empty(count)
+    x[_spread(count)] = transformed[:count]
+    return x
 
 
-def _hands(count: int) -> int:
-    """How many blocks the coordinates are dealt to in turn.
+@lru_cache(maxsize=4)
+def _spread(count: int) -> NDArray[np.int64]:
+    """An order of the coordinates of which every piece comes evenly from the whole vector: golden steps.
 
-    A layer's changes may be many times larger than another's; so each block gets its share of every layer, and all
+    A layer's changes may be many times larger than another's. So each block gets its share of every layer, and all
     coordinates have about one size after the rotation, for which the grid is chosen.
     """
-    return max(1, -(-count // BLOCK))
-
-
-def _dealt_size(count: int) -> int:
-    return -(-count // _hands(count)) * _hands(count)
+    stride = round(count * _GOLDEN)
+    while gcd(stride, count) > 1:
+        stride += 1
+    return np.arange(count, dtype=np.int64) * stride % max(1, count)
 
 
 def _transform(x: NDArray[Float]) -> NDArray[Float]:

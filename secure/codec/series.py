@@ -7,7 +7,7 @@ A version is made by `publish`; `message_for` takes a device from the version th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from propolis.secure.codec.broadcast import (
     apply,
     compress,
     decompress,
+    parts,
     step_towards,
     values_digest,
 )
@@ -32,7 +33,8 @@ from propolis.secure.wire import FORMAT_VERSION, between, decode, encode, many, 
 
 SERIES_BYTES = 16
 _DIGEST_BYTES = 32
-_MOST_DELTAS = 2**20
+# Steps that are kept and sent at the most: each costs a device some work.
+MOST_DELTAS = 256
 _LARGEST_BROADCAST = 2**31 - 1
 # A model of less than this many bytes is not worth counting.
 _SMALL = 4096
@@ -45,7 +47,7 @@ class Broadcast:
     series: bytes = sized(SERIES_BYTES)
     version: int = between(0, 2**31)
     first: int = between(0, 2**31)
-    deltas: tuple[Delta, ...] = many(_MOST_DELTAS)
+    deltas: tuple[Delta, ...] = many(MOST_DELTAS)
     values: bytes = sized(0, LARGEST_VALUES)
     digest: bytes = sized(_DIGEST_BYTES)
     format: int = version_field()
@@ -85,18 +87,34 @@ class Version:
         return cls(kept.series, kept.version, values) if kept.format == FORMAT_VERSION else None
 
 
-def rebuild(broadcast: Broadcast, had: Version | None, count: int) -> Version:
+@dataclass(frozen=True, slots=True, repr=False)
+class Pace:
+    """What the next step depends on.
+
+    Attributes:
+        values: (d,) what the devices have.
+        target: (d,) what they should have had.
+        steps: of each array's last step.
+    """
+
+    values: Values
+    target: Values
+    steps: tuple[float, ...]
+
+
+def rebuild(broadcast: Broadcast, had: Version | None, sizes: Sequence[int]) -> Version:
     """The newest version on a device.
 
     Args:
         broadcast: what came.
         had: the version that the device has kept; None when it has none.
-        count: d, number of values.
+        sizes: of the arrays, which add up to d.
 
     Raises:
         PeerError: malformed; or, with `Refusal.BASE`, the device needs the whole model because it has no version
             that this leads on from, or what it has is not what the server thinks.
     """
+    count = sum(sizes)
     last = broadcast.first + len(broadcast.deltas) - 1
     if last != broadcast.version:
         raise PeerError(Refusal.MALFORMED, f"{len(broadcast.deltas)} steps do not lead to version {broadcast.version}")
@@ -106,15 +124,16 @@ def rebuild(broadcast: Broadcast, had: Version | None, count: int) -> Version:
         and broadcast.first - 1 <= had.number <= broadcast.version
         and len(had.values) == count
     )
-    if leads_on and had is not None:
+    if broadcast.values:  # also where the device has something: it may be damaged
+        values, skipped = np.frombuffer(decompress(broadcast.values, 4 * count), "<f4").astype(np.float32), 0
+    elif leads_on and had is not None:
         values, skipped = had.values, had.number - broadcast.first + 1
-    elif broadcast.values:
-        whole = np.frombuffer(decompress(broadcast.values, 4 * count), "<f4").astype(np.float32)
-        values, skipped = whole, 0
     else:
         raise PeerError(Refusal.BASE, f"this device has no version that leads to version {broadcast.version}")
     for delta in broadcast.deltas[skipped:]:
-        values = apply(values, delta)
+        values = apply(values, delta, sizes)
+    if not np.isfinite(values).all():
+        raise PeerError(Refusal.MODEL, "the model is infinite or NaN")
     if values_digest(values) != broadcast.digest:
         raise PeerError(Refusal.BASE, f"version {broadcast.version} does not come out as the server says")
     return Version(broadcast.series, broadcast.version, values)
@@ -125,15 +144,15 @@ class ModelSeries:
 
     Args:
         series: 16 random bytes that name it.
-        coarseness: of a step, see `step_towards`.
-        count: d, number of values.
-        start: values to go on from; None for a new model.
+        coarseness: of a step, in units of the root mean square of an array's last move.
+        sizes: of the arrays, which add up to d.
+        start: where to go on; None for a new model.
     """
 
-    def __init__(self, series: bytes, coarseness: float, count: int, start: Values | None = None) -> None:
-        self._series, self._coarseness = series, coarseness
-        self._is_new = start is None
-        self.values = np.full(count, NOT_PRUNED) if start is None else start
+    def __init__(self, series: bytes, coarseness: float, sizes: Sequence[int], start: Pace | None = None) -> None:
+        self._series, self._coarseness, self._sizes = series, coarseness, tuple(sizes)
+        self.pace = start
+        self.values = np.full(sum(sizes), NOT_PRUNED) if start is None else start.values
         self._base = self.values  # version `_first` - 1
         self._first = 1
         self._deltas: deque[Delta] = deque()
@@ -150,14 +169,22 @@ class ModelSeries:
             target: (d,) finite.
             pruned: (d,) where the target is zero for good; None for nowhere.
         """
-        coarseness = min(FIRST_STEP, self._coarseness) if self._is_new else self._coarseness
-        self._is_new = False
-        delta, self.values = step_towards(self.values, target, pruned, coarseness)
+        steps = self._steps(target)
+        delta, self.values = step_towards(self.values, target, steps, self._sizes, pruned)
+        self.pace = Pace(self.values, target, steps)
         self._deltas.append(delta)
-        while len(self._deltas) > 1 and _size(self._deltas) > self._whole_size:
-            self._base = apply(self._base, self._deltas.popleft())
+        while len(self._deltas) > 1 and (len(self._deltas) > MOST_DELTAS or _size(self._deltas) > self._whole_size):
+            self._base = apply(self._base, self._deltas.popleft(), self._sizes)
             self._first += 1
         return self.values
+
+    def _steps(self, target: Values) -> tuple[float, ...]:
+        if self.pace is None:
+            return tuple(FIRST_STEP * _rms(part) for part in parts(target, self._sizes))
+        moves = (_rms(part) for part in parts(target - self.pace.target, self._sizes))
+        # An array that stood still keeps its step.
+        pairs = zip(moves, self.pace.steps, strict=True)
+        return tuple(self._coarseness * move if move > 0 else step for move, step in pairs)
 
     def message_for(self, number: int | None) -> Broadcast:
         """What takes a device from version `number` (None: nothing) to the newest one."""
@@ -174,6 +201,10 @@ class ModelSeries:
     def _whole_size(self) -> int:
         """Bytes of all the values: the steps that are kept weigh no more, and no device is sent more."""
         return max(_SMALL, self.values.nbytes)
+
+
+def _rms(values: Values) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if len(values) else 0.0
 
 
 def _size(deltas: Iterable[Delta]) -> int:

@@ -156,6 +156,9 @@ def decode_mean(total: Vector, lanes: Vector, names: Iterable[str], pipeline: Pi
         **_shaped(values[_HEAD_LANES:fixed] / share, encoding.exact, shapes),
     }
     step = encoding.step
+    # A lying device's lanes can say anything: take them for no more than is possible.
+    energy = min(max(energy / alive, 0.0), 1.0)
+    longest = encoding.grid.range * sqrt(max(1, encoding.dimension(shapes)))
     return Mean(
         changes=changes,
         metrics=dict(zip(names, (float(value) / share for value in values[fixed:]), strict=True)),
@@ -165,8 +168,8 @@ def decode_mean(total: Vector, lanes: Vector, names: Iterable[str], pipeline: Pi
         clipped=clipped / alive,
         wraps=_wraps(decoded, lanes, encoding.width),
         largest=largest / alive * step,
-        norm=norm / alive * step * sqrt(max(1, pipeline.size)),
-        rms=sqrt(max(0.0, energy / alive)) * encoding.grid.range,
+        norm=min(max(norm / alive * step * sqrt(max(1, pipeline.size)), 0.0), longest),
+        rms=sqrt(energy) * encoding.grid.range,
         sum_rms=sqrt(decoded.energy) * step,
     )
 

@@ -102,6 +102,7 @@ def _sum_of_rounded(devices: int, grid: float, width: int) -> tuple[NDArray[np.f
     thresholds = (np.arange(strata * finer) + 0.5) / (strata * finer)
     edges = (np.arange(-half, half + 1) - thresholds[:, None]) * grid
     below = 0.5 * _erfc(-edges / sqrt(2))
+    below[:, 0], below[:, -1] = 0.0, 1.0  # the outermost values stand for all beyond
     own = np.diff(below, axis=1).reshape(strata, finer, -1).mean(axis=1)
     transformed = np.fft.fft(np.fft.ifftshift(own, axes=1), axis=1)
     times = np.full(strata, devices // strata) + (np.arange(strata) < devices % strata)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from propolis.secure import labels
+from propolis.secure.codec.sparsify import Support
 from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.identity import (
     Signed,
@@ -241,17 +242,19 @@ class Device:
         policy, encoding = self._policy, plan.encoding
         if encoding.width < policy.min_bits:
             raise PeerError(Refusal.POLICY, f"{encoding.width} bits are fewer than {policy.min_bits}")
-        if encoding.density < policy.min_density:
-            raise PeerError(Refusal.POLICY, f"a density of {encoding.density} is below {policy.min_density}")
         if encoding.step > policy.max_step:
             raise PeerError(Refusal.POLICY, f"a step of {encoding.step:g} is coarser than {policy.max_step:g}")
-        if not self.state.plan:
-            return
-        before = terms_of(self.state.plan).plan
-        is_other_round = (before.run_id, before.round) != (plan.run_id, plan.round)
+        before = terms_of(self.state.plan).plan if self.state.plan else plan
+        is_other_round = before.run_id == plan.run_id and before.round != plan.round
         draws = encoding.rotated or encoding.density < 1
         if draws and is_other_round and encoding.seed == before.encoding.seed:
             raise PeerError(Refusal.POLICY, "the codec's seed is that of another round")
+
+    def require_share(self, support: Support) -> None:
+        """Refuse a round that asks for too small a share of the trained values, whatever makes it so small."""
+        least = self._policy.min_density * support.dimension
+        if support.size < least:
+            raise PeerError(Refusal.POLICY, f"{support.size} of {support.dimension} values are fewer than {least:g}")
 
     def require_reveals_left(self, model: bytes) -> None:
         """Against differencing: sums over one model are revealed a limited number of times, across all runs.

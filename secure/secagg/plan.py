@@ -106,6 +106,7 @@ class Terms:
         """
         with _blaming_the_plan():
             self.plan.encoding.require_room(len(self.cohort))
+            self.plan.encoding.require_names(trains=self.plan.kind == Kind.TRAIN)
         self.sharing  # noqa: B018 (computed once, here)
 
     @property

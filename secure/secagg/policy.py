@@ -25,8 +25,9 @@ class Policy:
             evaluation each, across runs. None: any number, as in a simulation.
         require_malicious: take part only in rounds that are protected against a lying server.
         min_bits: fewest bits of the ring that updates are added up in.
-        min_density: smallest share of the model's values that a round may ask for, so that nobody asks for a few.
-        max_step: coarsest grid that an update may be rounded to, in units of a weighted change.
+        min_density: smallest share of the trained values that a round may ask for.
+        max_step: coarsest grid that an update may be rounded to, in units of a weighted change. These three keep
+            the training useful; what is learnt of a device is the sum in any case.
     """
 
     min_cohort: int = 3

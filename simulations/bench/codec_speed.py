@@ -77,11 +77,12 @@ def step_cost(coarseness: float, dimension: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     values = rng.standard_normal(dimension).astype(np.float32)
     target = values + rng.standard_normal(dimension).astype(np.float32) * np.float32(_DEVIATION)
+    pace = (coarseness * _DEVIATION,)
     steps, applied = [], []
     for _ in range(_REPEATS):
-        (delta, _), seconds = _timed(lambda: step_towards(values, target, None, coarseness))
+        (delta, _), seconds = _timed(lambda: step_towards(values, target, pace, (dimension,), None))
         steps.append(seconds)
-        applied.append(_timed(lambda delta=delta: apply(values, delta))[1])  # type: ignore[misc]
+        applied.append(_timed(lambda delta=delta: apply(values, delta, (dimension,)))[1])  # type: ignore[misc]
     unit = 1e3 / (dimension / 1e6)
     return {"step": median(steps) * unit, "apply": median(applied) * unit, "bytes": len(delta.symbols) / dimension}
 

@@ -29,7 +29,7 @@ PRUNED_KEY = "pruned"
 # The `stype` of an array that is empty here because its values come with the protocol's record.
 _ELSEWHERE = "propolis.broadcast"
 # Values that a device makes room for on a server's word.
-_MOST_VALUES = 2**28
+MOST_VALUES = 2**28
 
 # Error replies carry a `Refusal` above Flower's own codes.
 _FIRST_CODE = 1000
@@ -88,28 +88,31 @@ def with_model_elsewhere(content: RecordDict, names: Collection[str]) -> RecordD
     )
 
 
-def values_elsewhere(content: RecordDict) -> int:
-    """How many values the emptied arrays of a content lack; raises PeerError when they are unbelievably many."""
-    records = list(content.array_records.values())
-    shapes = [array.shape for record in records for array in record.values() if array.stype == _ELSEWHERE]
-    count = sum(prod(shape) for shape in shapes)
-    if any(length < 0 for shape in shapes for length in shape) or count > _MOST_VALUES:
-        raise PeerError(Refusal.MALFORMED, f"a model of {count} values")
-    return count
+def sizes_elsewhere(content: RecordDict) -> tuple[int, ...]:
+    """How many values each emptied array of a content lacks, by rising name.
 
-
-def fill_model(content: RecordDict, values: NDArray[np.float32]) -> RecordDict:
-    """The inverse of `with_model_elsewhere`: `values` are those of the emptied arrays, in their order."""
+    Raises:
+        PeerError: there is not one ArrayRecord, or they are unbelievably many.
+    """
     if len(content.array_records) != 1:
         raise PeerError(Refusal.MODEL, f"expected one ArrayRecord, got {len(content.array_records)}")
     (record,) = content.array_records.values()
-    arrays, start = {}, 0
-    for name, array in record.items():
-        if array.stype == _ELSEWHERE:
-            end = start + prod(array.shape)
-            arrays[name], start = Array(values[start:end].reshape(array.shape)), end
-        else:
-            arrays[name] = array
+    shapes = [record[name].shape for name in sorted(record) if record[name].stype == _ELSEWHERE]
+    sizes = tuple(prod(shape) for shape in shapes)
+    if any(length < 0 for shape in shapes for length in shape) or sum(sizes) > MOST_VALUES:
+        raise PeerError(Refusal.MALFORMED, f"a model of {sum(sizes)} values")
+    return sizes
+
+
+def fill_model(content: RecordDict, values: NDArray[np.float32]) -> RecordDict:
+    """The inverse of `with_model_elsewhere`: `values` are those of the emptied arrays, by rising name."""
+    (record,) = content.array_records.values()
+    filled, start = {}, 0
+    for name in sorted(record):
+        if record[name].stype == _ELSEWHERE:
+            end = start + prod(record[name].shape)
+            filled[name], start = Array(values[start:end].reshape(record[name].shape)), end
+    arrays = {name: filled.get(name, array) for name, array in record.items()}
     return RecordDict(
         {name: ArrayRecord(arrays) if isinstance(each, ArrayRecord) else each for name, each in content.items()}
     )
@@ -169,6 +172,11 @@ def shared_input_of(content: RecordDict, model: bytes, group_id: str) -> bytes:
         items = [part for item in values for part in _value_parts(*item)]
         parts.append(labels.joined(name.encode(), type(record).__name__.encode(), *items))
     return labels.digest(labels.INPUT, *parts)
+
+
+def shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays by name."""
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def model_digest(arrays: Mapping[str, NDArray[Any]]) -> bytes:

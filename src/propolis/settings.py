@@ -116,7 +116,7 @@ class Settings(BaseModel):
         None,
         ge=0,
         le=100,
-        description="Coarseness of the model's way to the devices; 0 (whole), 0.5 (dense), 3.4 (thin).",
+        description="Coarseness of the model's way to the devices; 0 (whole), 1 (dense), 12 (thin).",
     )
 
     @field_validator("strategy", mode="before")
@@ -158,6 +158,8 @@ class Settings(BaseModel):
             raise ValueError(f"{what} is for updates inside a secure sum: set protection to secagg")
         if self.codec == "float32" and (rotating := [name for name in given if name in ("update_clip", "wraps")]):
             raise ValueError(f"{rotating[0]} is for the codecs dense and thin: float32 cuts off single values only")
+        if self.keep is not None and self.codec != "thin" and (self.density or 1) == 1:
+            raise ValueError("keep is for arrays of which only a share would travel: set a density")
         return self
 
     @model_validator(mode="after")
