@@ -186,6 +186,8 @@ class FederatedRun:
         )
         if self.state.history:
             secure.resume_from(self.state.history[-1].metrics, self.state.grid)
+        else:
+            self.state = replace(self.state, model=replace(model, arrays=secure.adopted(dict(model.arrays))))
         return secure
 
     def _round(self, metered: MeteredGrid, grid: Grid, number: int) -> RunState:

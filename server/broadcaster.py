@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from propolis.messages import MOST_VALUES, Arrays, shapes_of, with_model_elsewhere
 from propolis.secure.codec.broadcast import Values
-from propolis.secure.codec.series import SERIES_BYTES, ModelSeries, Pace
+from propolis.secure.codec.series import SERIES_BYTES, ModelSeries, Pace, first_version
 from propolis.secure.codec.sparsify import pruned_entries
 from propolis.secure.errors import UsageError
 from propolis.server.batch import Batch
@@ -86,6 +86,13 @@ class Broadcaster:
             self._ways.clear()
         self._records = with_model_elsewhere(batch.content, self._names)
         return batch.with_model(self._rebuilt(model, self._series.values))
+
+    def adopted(self, model: Arrays, names: Sequence[str]) -> Arrays:
+        """A new model as its devices will have it, for the strategy to begin with: then nothing is lacking."""
+        self._names = tuple(names)
+        sizes = [model[name].size for name in self._names]
+        rebuilt = self._rebuilt(model, first_version(self._flat(model, np.float32), sizes))
+        return {name: array.astype(model[name].dtype) for name, array in rebuilt.items()}
 
     def content_for(self, index: int) -> Content:
         """What is sent to a device: the application's records without the arrays' values, and the way to those."""

@@ -103,6 +103,12 @@ class SecureGrid(GridWrapper):
         if self._broadcaster is not None:
             self._broadcaster.resume_from(state)
 
+    def adopted(self, model: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """A new model as its devices will have it: a run that begins with it has nothing to make up for."""
+        if self._broadcaster is None:
+            return model
+        return self._broadcaster.adopted(model, self._planner.quantized(model))
+
     def state(self) -> dict[str, NDArray[Any]]:
         """What a run needs, besides the last round's metrics, to go on as if it had never stopped."""
         return self._broadcaster.state() if self._broadcaster is not None else {}

@@ -2,9 +2,8 @@
 
 The server's own model M keeps its precision; the devices train from B, which follows it: B += Q(M - B), where Q rounds
 to multiples of a step and drops what is small. What Q lost is still in M - B and goes out with a later step, so
-nothing is lost and B does not drift (error feedback on the server's side). The step follows the pace at which each
-array of M moves, not what has piled up, so that what has piled up goes out. Symbols are few and compress well, and they
-are the same for all devices: who missed some gets those as well.
+nothing is lost and B does not drift (error feedback on the server's side). Each array has a step of its own. Symbols
+are few and compress well, and they are the same for all devices: who missed some gets those as well.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ LARGEST_VALUES = 2**30 + 64
 _DEAD_ZONE = 0.6
 # What a value is that is as good as zero but not pruned: zero is what a pruned value is.
 NOT_PRUNED = np.float32(1e-30)
-# Step of the first version in units of each array's root mean square: fine enough for a model to begin with.
-FIRST_STEP = 1 / 8
+# Step of the first version in units of each array's root mean square, at most: fine enough for a model to begin with.
+FIRST_STEP = 1 / 4
 _LARGEST_SYMBOL = {1: 2**7 - 1, 2: 2**15 - 1}
 
 _METHODS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (

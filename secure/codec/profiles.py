@@ -28,7 +28,7 @@ class Profile:
         keep: arrays of at most this many entries always travel whole.
         clip: largest L2 norm of a weighted change, in units of the devices' mean.
         wraps: coordinates of a round's sum that may be expected to leave the ring.
-        broadcast: step of the model's way to the devices, in units of the root mean square of its last move. 0 sends
+        broadcast: step of the model's way to the devices, in units of the root mean square of what they lack. 0 sends
             the whole model.
     """
 
@@ -36,7 +36,7 @@ class Profile:
     rotated: bool = False
     density: float = 1.0
     keep: int = 0
-    clip: float = 3.0
+    clip: float = 5.0
     wraps: float = ALLOWED_WRAPS
     broadcast: float = 0.0
 
@@ -67,6 +67,6 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "float32": Profile(),
         "dense": Profile(width=4, rotated=True, broadcast=1.0),
-        "thin": Profile(width=5, rotated=True, density=0.1, keep=256, broadcast=12.0),
+        "thin": Profile(width=5, rotated=True, density=0.1, keep=2048, broadcast=3.3),
     }
 )

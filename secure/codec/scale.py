@@ -21,8 +21,6 @@ from propolis.secure.codec.wraps import choose_grid, rounding_noise
 # The range of the next round, in units of the mean of the devices' largest magnitudes.
 _HEADROOM = 4.0
 _SMALLEST, _LARGEST = 1e-12, 1e12
-# Of a grid's range, the least root mean square that the lane of the mean square tells well.
-_RESOLUTION = 8 * 2.0**-15
 # Bits of a first round, of whose updates only a range is known.
 COLD_START_BITS = 16
 # By how much the correlation that was seen is exceeded.
@@ -52,20 +50,17 @@ class Scale:
         return Scale(
             range=within_twice(self.range, _HEADROOM * mean.largest),
             norm=within_twice(self.norm, mean.norm) if mean.norm > 0 else self.norm,
-            rms=self._following_rms(mean, encoding),
+            rms=within_twice(self.rms, mean.rms) if mean.rms > 0 else self.rms,
             correlation=self._following_correlation(mean, encoding),
         )
 
     def _following_correlation(self, mean: Mean, encoding: Encoding) -> float:
         seen = _correlation(mean, encoding)
-        return min(max(seen, self.correlation / 2), 2 * self.correlation + _CORRELATION_MARGIN[1])
-
-    def _following_rms(self, mean: Mean, encoding: Encoding) -> float:
-        """A mean square that the lanes are too coarse for says nothing in a first round, and that it is less later."""
-        is_seen = mean.rms >= _RESOLUTION * encoding.grid.range
-        if mean.rms <= 0 and mean.largest <= 0:  # nobody changed anything
-            return self.rms
-        return within_twice(self.rms, mean.rms) if is_seen or self.rms > 0 else 0.0
+        if seen is None:
+            return self.correlation
+        if self.rms <= 0:  # nothing was seen before
+            return seen
+        return min(max(seen, self.correlation / 2), 2 * self.correlation + _CORRELATION_MARGIN[1], 1.0)
 
     def metrics(self) -> dict[str, float]:
         """As metrics of a round, so that a run can be resumed."""
@@ -121,10 +116,10 @@ def expected_size(encoding: Encoding, shapes: Shapes) -> int:
     return max(1, padded_size(whole + round(encoding.density * (sum(sizes) - whole))))
 
 
-def _correlation(mean: Mean, encoding: Encoding) -> float:
+def _correlation(mean: Mean, encoding: Encoding) -> float | None:
     """From the sum's energy against the devices': E|sum|^2 = n E|x|^2 (1 + (n - 1) r), and more than that."""
     if mean.alive < 2 or mean.rms <= 0:
-        return CORRELATED
+        return None
     noise = rounding_noise(mean.alive, encoding.step / mean.rms) * encoding.step**2
     ratio = max(0.0, mean.sum_rms**2 - noise) / (mean.alive * mean.rms**2)
     factor, more = _CORRELATION_MARGIN

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import floor, log2
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -36,6 +37,9 @@ _DIGEST_BYTES = 32
 # Steps that are kept and sent at the most: each costs a device some work.
 MOST_DELTAS = 256
 _LARGEST_BROADCAST = 2**31 - 1
+# What is lacking may be this many times the last move before it decides the step no more.
+_PILE = 4.0
+_LEAST_STEP = 2.0**-100
 # A model of less than this many bytes is not worth counting.
 _SMALL = 4096
 
@@ -144,7 +148,7 @@ class ModelSeries:
 
     Args:
         series: 16 random bytes that name it.
-        coarseness: of a step, in units of the root mean square of an array's last move.
+        coarseness: of a step, in units of the root mean square of what an array lacks.
         sizes: of the arrays, which add up to d.
         start: where to go on; None for a new model.
     """
@@ -179,12 +183,16 @@ class ModelSeries:
         return self.values
 
     def _steps(self, target: Values) -> tuple[float, ...]:
+        """In proportion to what is lacking; when that piles up, to how fast the model moves, so that it goes out."""
         if self.pace is None:
-            return tuple(FIRST_STEP * _rms(part) for part in parts(target, self._sizes))
+            return _first_steps(target, self._sizes)
+        lacking = parts(target - self.values, self._sizes)
+        # No coarser than what is largest, or nothing might be sent where all lack alike.
+        wanted = (min(self._coarseness * _rms(part), float(np.abs(part).max(initial=0.0))) for part in lacking)
         moves = (_rms(part) for part in parts(target - self.pace.target, self._sizes))
         # An array that stood still keeps its step.
-        pairs = zip(moves, self.pace.steps, strict=True)
-        return tuple(self._coarseness * move if move > 0 else step for move, step in pairs)
+        most = (_PILE * self._coarseness * m if m > 0 else s for m, s in zip(moves, self.pace.steps, strict=True))
+        return tuple(map(min, wanted, most))
 
     def message_for(self, number: int | None) -> Broadcast:
         """What takes a device from version `number` (None: nothing) to the newest one."""
@@ -201,6 +209,18 @@ class ModelSeries:
     def _whole_size(self) -> int:
         """Bytes of all the values: the steps that are kept weigh no more, and no device is sent more."""
         return max(_SMALL, self.values.nbytes)
+
+
+def first_version(target: Values, sizes: Sequence[int]) -> Values:
+    """What a new series makes of its first target: a model that starts there loses nothing on its way."""
+    nothing = np.full(len(target), NOT_PRUNED)
+    return step_towards(nothing, target, _first_steps(target, sizes), sizes, None)[1]
+
+
+def _first_steps(target: Values, sizes: Sequence[int]) -> tuple[float, ...]:
+    """Powers of two, so that a model that was rounded to them stays as it is."""
+    sized = (FIRST_STEP * _rms(part) for part in parts(target, sizes))
+    return tuple(2.0 ** floor(log2(step)) if step > _LEAST_STEP else 0.0 for step in sized)
 
 
 def _rms(values: Values) -> float:

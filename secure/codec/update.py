@@ -157,8 +157,8 @@ def decode_mean(total: Vector, lanes: Vector, names: Iterable[str], pipeline: Pi
     }
     step = encoding.step
     # A lying device's lanes can say anything: take them for no more than is possible.
+    norm = min(max(norm / alive, 0.0), float(encoding.levels))
     energy = min(max(energy / alive, 0.0), 1.0)
-    longest = encoding.grid.range * sqrt(max(1, encoding.dimension(shapes)))
     return Mean(
         changes=changes,
         metrics=dict(zip(names, (float(value) / share for value in values[fixed:]), strict=True)),
@@ -168,8 +168,9 @@ def decode_mean(total: Vector, lanes: Vector, names: Iterable[str], pipeline: Pi
         clipped=clipped / alive,
         wraps=_wraps(decoded, lanes, encoding.width),
         largest=largest / alive * step,
-        norm=min(max(norm / alive * step * sqrt(max(1, pipeline.size)), 0.0), longest),
-        rms=sqrt(energy) * encoding.grid.range,
+        norm=norm * step * sqrt(max(1, pipeline.size)),
+        # No less than the mean norm (Jensen), which is told where its square is below the lane's resolution.
+        rms=max(sqrt(energy) * encoding.levels, norm) * step,
         sum_rms=sqrt(decoded.energy) * step,
     )
 

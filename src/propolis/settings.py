@@ -104,10 +104,10 @@ class Settings(BaseModel):
         None, gt=0, le=1, description="Share of the values that travels in a round; all, and a tenth of them in thin."
     )
     keep: int | None = Field(
-        None, ge=0, le=_LARGEST, description="Arrays of at most this many values travel whole; 0, and 256 in thin."
+        None, ge=0, le=_LARGEST, description="Arrays of at most this many values travel whole; 0, and 2048 in thin."
     )
     update_clip: float | None = Field(
-        None, gt=0, description="Largest norm of a device's change, in units of their mean; 3, and none in float32."
+        None, gt=0, description="Largest norm of a device's change, in units of their mean; 5, and none in float32."
     )
     wraps: float | None = Field(
         None, gt=0, le=1, description="Values of a round's sum that may be expected not to fit their bits; 0.01."
@@ -116,7 +116,7 @@ class Settings(BaseModel):
         None,
         ge=0,
         le=100,
-        description="Coarseness of the model's way to the devices; 0 (whole), 1 (dense), 12 (thin).",
+        description="Coarseness of the model's way to the devices; 0 (whole), 1 (dense), 3.3 (thin).",
     )
 
     @field_validator("strategy", mode="before")
