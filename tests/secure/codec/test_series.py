@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from propolis.secure.codec.broadcast import Delta, compress
-from propolis.secure.codec.series import MOST_DELTAS, Broadcast, ModelSeries, Pace, Version, first_version, rebuild
+from propolis.secure.codec.broadcast import Delta, compress, values_digest
+from propolis.secure.codec.series import MOST_DELTAS, Broadcast, ModelSeries, Pace, Version, rebuild
 from propolis.secure.errors import PeerError, Refusal
 
-COUNT = 3000
+COUNT, SIZES = 3000, (1000, 2000)
 SERIES = b"series of a test"
 
 
@@ -25,9 +25,14 @@ def drawn(seed: int, count: int = COUNT) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=count).astype(np.float32)
 
 
+def halves(count: int) -> tuple[int, int]:
+    """Sizes of two arrays, which together have so many values."""
+    return count // 3, count - count // 3
+
+
 def series(versions: int = 3, coarseness: float = 0.5, count: int = COUNT, **how: Any) -> ModelSeries:
     """Of a model that moves a little with each version."""
-    made = ModelSeries(SERIES, coarseness, (count,), **how)
+    made = ModelSeries(SERIES, coarseness, halves(count), **how)
     for number in range(versions):
         made.publish(drawn(0, count) + np.float32(0.01) * drawn(number, count))
     return made
@@ -38,12 +43,12 @@ def over_the_wire(broadcast: Broadcast) -> Broadcast:
 
 
 def device_of(server: ModelSeries) -> Version:
-    return rebuild(over_the_wire(server.message_for(None)), None, (len(server.values),))
+    return rebuild(over_the_wire(server.message_for(None)), None, halves(len(server.values)))
 
 
 def refusal_of(broadcast: Broadcast, had: Version | None, count: int = COUNT) -> Refusal:
     with pytest.raises(PeerError) as caught:
-        rebuild(broadcast, had, (count,))
+        rebuild(broadcast, had, halves(count))
     return caught.value.refusal
 
 
@@ -65,7 +70,7 @@ def require_newest(version: Version, server: ModelSeries) -> None:
 def test_a_device_is_always_taken_to_the_newest_version(
     events: list[str], count: int, coarseness: float, resumed: bool
 ) -> None:
-    server = series(1, coarseness, count, start=Pace(drawn(9, count), drawn(8, count), (0.1,)) if resumed else None)
+    server = series(1, coarseness, count, start=Pace(drawn(9, count), drawn(8, count), (0.1, 0.2)) if resumed else None)
     had: Version | None = None
     known: int | None = None
     for number, event in enumerate(events):
@@ -76,7 +81,7 @@ def test_a_device_is_always_taken_to_the_newest_version(
         elif event == "lose":
             had = known = None
         else:
-            had = rebuild(over_the_wire(server.message_for(known)), had, (count,))
+            had = rebuild(over_the_wire(server.message_for(known)), had, halves(count))
             require_newest(had, server)
             known = known if event == "ahead" else server.version
 
@@ -89,7 +94,7 @@ def test_a_newcomer_gets_all_and_the_others_the_steps_that_they_missed() -> None
         server.publish(drawn(0) + np.float32(0.01) * drawn(7))
     missed = server.message_for(newcomer.number)
     assert (missed.first, missed.version, len(missed.deltas), missed.values) == (4, 5, 2, b"")
-    require_newest(rebuild(over_the_wire(missed), newcomer, (COUNT,)), server)
+    require_newest(rebuild(over_the_wire(missed), newcomer, SIZES), server)
 
 
 def test_who_has_the_newest_version_is_sent_next_to_nothing() -> None:
@@ -97,7 +102,7 @@ def test_who_has_the_newest_version_is_sent_next_to_nothing() -> None:
     device = device_of(server)
     nothing = server.message_for(server.version)
     assert len(nothing.to_bytes()) < 100
-    require_newest(rebuild(over_the_wire(nothing), device, (COUNT,)), server)
+    require_newest(rebuild(over_the_wire(nothing), device, SIZES), server)
 
 
 def test_a_message_leads_on_from_any_version_that_it_covers() -> None:
@@ -108,22 +113,36 @@ def test_a_message_leads_on_from_any_version_that_it_covers() -> None:
         versions.append(device_of(server))
     message = over_the_wire(server.message_for(1))
     for version in versions:
-        require_newest(rebuild(message, version, (COUNT,)), server)
+        require_newest(rebuild(message, version, SIZES), server)
 
 
-def test_a_version_so_old_that_the_steps_from_it_are_forgotten_is_replaced_by_the_whole() -> None:
+@pytest.mark.parametrize("known", [-1, 1, 99], ids=["never was", "too old", "to come"])
+def test_a_version_that_no_steps_lead_on_from_is_replaced_by_the_whole(known: int) -> None:
     server = series(1)
     old = device_of(server)
     for number in range(40):
         server.publish(drawn(number))
-    message = server.message_for(old.number)
-    require_newest(rebuild(over_the_wire(message), old, (COUNT,)), server)
+    message = server.message_for(known)
+    assert message.values
+    for had in (None, old):
+        require_newest(rebuild(over_the_wire(message), had, SIZES), server)
 
 
-def test_a_version_that_never_was_is_replaced_by_the_whole() -> None:
-    server = series()
-    for number in (-1, 99):
-        require_newest(rebuild(over_the_wire(server.message_for(number)), None, (COUNT,)), server)
+def test_no_more_steps_are_kept_and_sent_than_a_device_can_be_expected_to_take() -> None:
+    server = series(1, count=10)
+    newcomer = device_of(server)
+    for number in range(MOST_DELTAS - 1):
+        server.publish(server.values.copy())
+        assert len(server.message_for(None).deltas) == number + 2
+    known = server.message_for(1)
+    assert (len(known.deltas), known.values) == (MOST_DELTAS - 1, b"")
+    require_newest(rebuild(over_the_wire(known), newcomer, halves(10)), server)
+    for _ in range(2):
+        server.publish(server.values.copy())
+        assert len(server.message_for(None).deltas) == MOST_DELTAS
+    assert server.version == MOST_DELTAS + 2
+    assert server.message_for(1).values != b""
+    require_newest(rebuild(over_the_wire(server.message_for(1)), newcomer, halves(10)), server)
 
 
 def test_no_message_is_much_larger_than_the_model() -> None:
@@ -137,58 +156,18 @@ def test_no_message_is_much_larger_than_the_model() -> None:
 
 def test_a_server_that_goes_on_starts_from_the_values_that_the_devices_have() -> None:
     before = series(3)
-    after = ModelSeries(b"s" * 16, 0.5, (COUNT,), before.pace)
+    after = ModelSeries(b"s" * 16, 0.5, SIZES, before.pace)
     assert after.version == 0
-    device = rebuild(over_the_wire(after.message_for(None)), device_of(before), (COUNT,))
+    device = rebuild(over_the_wire(after.message_for(None)), device_of(before), SIZES)
     np.testing.assert_array_equal(device.values, before.values)
     before.publish(drawn(5))
     after.publish(drawn(5))
     assert after.values.tobytes() == before.values.tobytes()
-    moved = rebuild(over_the_wire(after.message_for(0)), device, (COUNT,))
+    moved = rebuild(over_the_wire(after.message_for(0)), device, SIZES)
     assert moved.values.tobytes() == after.values.tobytes()
 
 
 # What does not fit
-
-
-def test_a_model_that_begins_with_the_first_version_lacks_nothing() -> None:
-    start = first_version(drawn(0), (1000, 2000))
-    assert ModelSeries(SERIES, 0.5, (1000, 2000)).publish(start).tobytes() == start.tobytes()
-    assert 0 < np.abs(start - drawn(0)).max() < 0.2
-
-
-def test_small_layers_survive_beside_large_ones() -> None:
-    model = np.concatenate([drawn(0, 1000), drawn(1, 1000) * np.float32(1e-3)])
-    first = first_version(model, (1000, 1000))
-    assert np.corrcoef(first[1000:], model[1000:])[0, 1] > 0.98
-
-
-@pytest.mark.parametrize("kind", ["alike", "normal"])
-def test_a_model_that_moves_on_and_on_is_followed_with_a_bounded_lag(kind: str) -> None:
-    move = np.full(COUNT, 0.01, np.float32) if kind == "alike" else np.float32(0.01) * drawn(1)
-    target, server = drawn(0), ModelSeries(SERIES, 3.4, (COUNT,))
-    for _ in range(200):
-        target = target + move
-        server.publish(target)
-    assert np.abs(target - server.values).max() < (0.6 * 4 * 3.4 + 4) * 0.01 * (1 if kind == "alike" else 4)
-
-
-def test_no_more_steps_are_kept_or_taken_than_a_device_can_be_expected_to_follow() -> None:
-    server = series(MOST_DELTAS + 20, coarseness=50.0, count=10)
-    message = server.message_for(None)
-    assert len(message.deltas) <= MOST_DELTAS
-    require_newest(rebuild(over_the_wire(message), None, (10,)), server)
-    many = replace(message, deltas=(message.deltas or (Delta((1.0,), 1, b"b", b""),))[:1] * (MOST_DELTAS + 1))
-    with pytest.raises(PeerError):
-        over_the_wire(many)
-
-
-def test_a_whole_that_is_no_number_is_refused() -> None:
-    message = ModelSeries(SERIES, 0.5, (2,), Pace(np.ones(2, np.float32), np.ones(2, np.float32), (1.0,))).message_for(
-        None
-    )
-    bad = b"r" + np.array([1, np.nan], "<f4").tobytes()
-    assert refusal_of(replace(message, values=bad), None, 2) is Refusal.MODEL
 
 
 def test_a_device_without_the_version_that_is_led_on_from_asks_for_the_whole() -> None:
@@ -204,7 +183,7 @@ def test_a_device_of_another_series_or_a_later_version_takes_the_whole() -> None
     other = Version(b"another series 1", 2, drawn(8))
     assert refusal_of(server.message_for(2), other) is Refusal.BASE
     for had in (other, replace(other, series=SERIES, number=9)):
-        require_newest(rebuild(server.message_for(None), had, (COUNT,)), server)
+        require_newest(rebuild(server.message_for(None), had, SIZES), server)
 
 
 def test_a_version_that_does_not_come_out_as_said_is_refused() -> None:
@@ -216,11 +195,39 @@ def test_a_version_that_does_not_come_out_as_said_is_refused() -> None:
     assert refusal_of(replace(message, digest=bytes(32)), None) is Refusal.BASE
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [2, 3, 9])
 def test_a_device_whose_version_is_damaged_takes_the_whole(number: int) -> None:
     server = series(3)
-    damaged = replace(device_of(series(number)), values=drawn(5))
-    require_newest(rebuild(server.message_for(None), damaged, (COUNT,)), server)
+    for values in (drawn(5), np.full(COUNT, np.nan, np.float32), drawn(5, 7)):
+        damaged = Version(SERIES, number, values)
+        require_newest(rebuild(server.message_for(None), damaged, SIZES), server)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_whole_that_is_no_number_is_refused_though_its_digest_is_right(wrong: float) -> None:
+    values = np.array([1, wrong], np.float32)
+    said = {"values": b"r" + values.tobytes(), "digest": values_digest(values), "deltas": (), "first": 1, "version": 0}
+    message = replace(series(1, count=2).message_for(None), **said)
+    for had in (None, Version(SERIES, 0, np.ones(2, np.float32))):
+        assert refusal_of(message, had, 2) is Refusal.MODEL
+
+
+def test_more_steps_than_a_device_takes_are_malformed() -> None:
+    server = series(1, count=10)
+    message = server.message_for(None)
+    enough = replace(message, deltas=message.deltas * MOST_DELTAS, version=MOST_DELTAS)
+    assert len(over_the_wire(enough).deltas) == MOST_DELTAS
+    with pytest.raises(PeerError, match=f"{MOST_DELTAS + 1} entries, at most {MOST_DELTAS}") as caught:
+        over_the_wire(replace(enough, deltas=message.deltas * (MOST_DELTAS + 1), version=MOST_DELTAS + 1))
+    assert caught.value.refusal is Refusal.MALFORMED
+
+
+def test_steps_for_another_number_of_arrays_are_malformed() -> None:
+    message = series(2).message_for(1)
+    for sizes in ((COUNT,), (1000, 1000, 1000)):
+        with pytest.raises(PeerError, match=f"2 steps for {len(sizes)} arrays") as caught:
+            rebuild(over_the_wire(message), device_of(series(1)), sizes)
+        assert caught.value.refusal is Refusal.MALFORMED
 
 
 def test_steps_that_do_not_lead_to_the_version_are_malformed() -> None:
@@ -241,7 +248,7 @@ WRONG: list[dict[str, Any]] = [
     *({"digest": digest} for digest in (b"", b"d" * 31, b"d" * 33)),
     {"format": 2},
     {"version": 2**31 + 1},
-    *({"deltas": (Delta((step,), 1, b"b", b""),)} for step in (-1.0, float("inf"), float("nan"))),
+    *({"deltas": (Delta((1.0, step), 1, b"b", b""),)} for step in (-1.0, float("inf"), float("nan"))),
     *({"deltas": (Delta((1.0,), size, b"b", b""),)} for size in (0, 3)),
     {"deltas": (Delta((1.0,), 1, b"", b""),)},
 ]
@@ -265,7 +272,7 @@ def test_of_random_and_mutated_bytes_only_our_error_comes(known: int | None) -> 
                 data[rng.randrange(len(data))] = rng.randrange(256)
         cut = len(data) if rng.random() < 0.7 else rng.randrange(len(data) + 1)
         with suppress(PeerError):
-            rebuilt = rebuild(Broadcast.from_bytes(bytes(data[:cut])), had, (60,))
+            rebuilt = rebuild(Broadcast.from_bytes(bytes(data[:cut])), had, (20, 40))
             assert rebuilt.values.tobytes() == server.values.tobytes()
 
 
