@@ -19,7 +19,7 @@ from propolis.client.update import SecureMod
 from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.server.app import FederatedRun, Members
 from propolis.server.checkpoint import RunState
-from propolis.settings import Settings
+from propolis.settings import CODECS, Settings
 from propolis.simulations.dropout import DropoutGrid, steps_of
 from propolis.simulations.federation import DevicesInMemory, make_federation
 from propolis.simulations.local import LocalGrid
@@ -42,10 +42,11 @@ def result_of(folder: Path) -> dict[str, Any]:
     return result
 
 
-def test_one_seed_one_model_bit_for_bit_whatever_keys_and_workers(tmp_path: Path) -> None:
-    runs = {"a": job(), "again": job(workers=2), "malicious": job(malicious=True), "seed": job(seed=1)}
-    for name, settings in runs.items():
-        simulate(settings, RunOptions(tmp_path / name))
+@pytest.mark.parametrize("codec", CODECS)
+def test_one_seed_one_model_bit_for_bit_whatever_keys_and_workers(tmp_path: Path, codec: str) -> None:
+    changes: dict[str, dict[str, Any]] = {"a": {}, "again": {"workers": 2}, "malicious": {"malicious": True}}
+    for name, changed in {**changes, "seed": {"seed": 1}}.items():
+        simulate(job(codec=codec, **changed), RunOptions(tmp_path / name))
     a = model_bytes(tmp_path / "a")
     assert a == model_bytes(tmp_path / "again") == model_bytes(tmp_path / "malicious")
     assert a != model_bytes(tmp_path / "seed")
@@ -60,11 +61,21 @@ class StopAfter(FederatedRun):
         return super()._round(*arguments)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+RESUMED: list[dict[str, Any]] = [
+    {"dropout": 0.1},
+    {"dropout": 0.1, "strategy": "fedadam"},
+    {"codec": "dense"},
+    {"codec": "thin", "fraction": 0.6},
+    {"codec": "dense", "strategy": "fedadam", "prune": 0.5, "prune_begin": 1},
+    {"codec": "thin", "strategy": "fedavgm", "prune": 0.5, "prune_begin": 2},
+]
+
+
+@pytest.mark.parametrize("changes", RESUMED, ids=str)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    settings = job(rounds=4, strategy=strategy, dropout=0.1, clients=8, evaluate_fraction=1.0)
+    settings = job(rounds=4, clients=8, evaluate_fraction=1.0, **changes)
     simulate(settings, RunOptions(tmp_path / "whole"))
     with monkeypatch.context() as patch:
         patch.setattr("propolis.simulations.run.FederatedRun", StopAfter)
@@ -85,6 +96,31 @@ def test_a_protected_model_differs_from_the_unprotected_one_by_the_grids_steps_a
         simulate(settings, RunOptions(tmp_path / name))
     ours, theirs = (result_of(tmp_path / name)["loss"] for name in ("secagg", "none"))
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox"])
+def test_every_strategy_learns_under_the_dense_codec_while_devices_are_lost(tmp_path: Path, strategy: str) -> None:
+    settings = job(codec="dense", strategy=strategy, rounds=8, clients=8, dropout=0.1, epochs=3)
+    result = simulate(settings, RunOptions(tmp_path))
+    assert result["accuracy"] > 0.75
+    assert sum(record["metrics"]["wraps"] for record in result["history"]) == 0
+
+
+def test_a_coarse_codec_sends_far_less_for_the_same_accuracy(tmp_path: Path) -> None:
+    """Digits as `propolis simulate` trains them by default."""
+    results = {
+        codec: simulate(Settings(protection="secagg", codec=codec), RunOptions(tmp_path / codec)) for codec in CODECS
+    }
+    plain = results["float32"]
+    for codec, less in (("dense", 2.5), ("thin", 6.0)):
+        assert results[codec]["accuracy"] == pytest.approx(plain["accuracy"], abs=0.01)
+        assert results[codec]["uplink_bytes"] < plain["uplink_bytes"] / less
+        assert results[codec]["downlink_bytes"] < plain["downlink_bytes"] / 2
+
+
+def test_a_codec_for_which_there_is_no_room_is_one_line(tmp_path: Path, mistake: Any) -> None:
+    flags = ("--protection", "secagg", "--codec", "dense", "--bits", 2, "--clients", 100, "--rounds", 1)
+    assert "a ring of 2 bits is too small for the sum of 100 devices: use" in mistake("simulate", *flags)
 
 
 def test_lost_rounds_are_tried_again_and_the_reasons_are_in_the_result(tmp_path: Path) -> None:
