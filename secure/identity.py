@@ -294,19 +294,24 @@ def trusted_roster(root_key: bytes, signed: Signed) -> TrustedRoster:
     return TrustedRoster(root_key, signed)
 
 
-def prove_presence(signing_key: SigningKey, challenge: bytes, prekey: Signed) -> bytes:
-    """A signature that says: I am here now, and this is my prekey."""
+def prove_presence(signing_key: SigningKey, descriptor: Descriptor, challenge: bytes, prekey: Signed) -> bytes:
+    """A signature that says: I am this device, I am here now, and this is my prekey."""
     key = Ed25519PrivateKey.from_private_bytes(signing_key.private)
-    return key.sign(labels.joined(labels.HELLO, challenge, prekey.payload))
+    return key.sign(_presence(descriptor, challenge, prekey))
 
 
 def require_presence(descriptor: Descriptor, challenge: bytes, prekey: Signed, proof: bytes) -> None:
     """Check what `prove_presence` made; raises TrustError, as when somebody repeats another device's words."""
     try:
         key = Ed25519PublicKey.from_public_bytes(descriptor.signing_key)
-        key.verify(proof, labels.joined(labels.HELLO, challenge, prekey.payload))
+        key.verify(proof, _presence(descriptor, challenge, prekey))
     except (InvalidSignature, ValueError):
         raise TrustError(Refusal.IDENTITY, f"who says to be device {descriptor.index} is not") from None
+
+
+def _presence(descriptor: Descriptor, challenge: bytes, prekey: Signed) -> bytes:
+    index = descriptor.index.to_bytes(8, "big")
+    return labels.joined(labels.HELLO, descriptor.federation, index, challenge, prekey.payload)
 
 
 # The u-coordinates of X25519 that give the same secret with every private key (cr.yp.to/ecdh.html, "validate").

@@ -25,7 +25,7 @@ class Directory:
         self._descriptors: dict[int, bytes] = {}
         self._numbers: dict[int, int] = {}
         self._banned: set[int] = set()
-        self._told_of: dict[int, int] = {}  # by device, a bit for each other one: a thousand devices are a megabit
+        self._told_of: dict[int, int] = {}  # by device, a bit for each place of the roster up to the last
 
     def strangers(self, node_ids: Iterable[int]) -> list[int]:
         """The nodes that must say hello before they can take part in a round."""

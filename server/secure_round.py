@@ -33,6 +33,9 @@ from propolis.secure.secagg.states import Exchange
 from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
 
+# What a second asking gets at the least where the first one used up the time.
+_SHORTEST_S = 5.0
+
 _log = logging.getLogger("flwr")
 
 
@@ -78,14 +81,21 @@ class SecureRound:
 
     def prepare(self, timeout: float) -> None:
         """Gather mask keys and sealed shares; whoever has forgotten its peers is told of them and asked once more."""
+        deadline = time.monotonic() + timeout
+        not_told = {index for index in self._server.terms.cohort if self._is_told_of_some(index)}
         self._ask_to_prepare(self._server.terms.cohort, timeout)
-        forgetful = [i for i, node in self._nodes.items() if self._channel.refusals.get(node) is Refusal.UNKNOWN_PEER]
+        unknowing = [i for i, node in self._nodes.items() if self._channel.refusals.get(node) is Refusal.UNKNOWN_PEER]
+        forgetful = [index for index in unknowing if index in not_told]  # who was sent everything is lying
         for index in forgetful:
             self._directory.forget_told(index)
             self._channel.forgive(self._nodes[index])
         if forgetful:
-            self._ask_to_prepare(forgetful, timeout)
+            self._ask_to_prepare(forgetful, max(_SHORTEST_S, deadline - time.monotonic()))
         self._require(len(self._server.ready), "prepared")
+
+    def _is_told_of_some(self, index: int) -> bool:
+        """Whether a device is believed to know some neighbour, whose descriptor it is then not sent."""
+        return bool(self._directory.told_of(index, self._server.terms.neighbours(index)))
 
     def _ask_to_prepare(self, indices: Iterable[int], timeout: float) -> None:
         server, directory = self._server, self._directory

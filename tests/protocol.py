@@ -98,7 +98,8 @@ class Cohort:
 
     def plan(self, number: int = 1, attempt: int = 0, **changes: Any) -> Plan:
         cohort = changes.pop("cohort", range(len(self.federation.devices)))
-        encoding = plain_encoding(("a",), width=changes.pop("width", 16), devices=len(list(cohort)))
+        sent = () if changes.get("kind") == Kind.EVALUATE else ("a",)
+        encoding = plain_encoding(sent, width=changes.pop("width", 16), devices=len(list(cohort)))
         values: dict[str, Any] = {
             "encoding": encoding,
             "malicious": False,

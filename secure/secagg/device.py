@@ -102,7 +102,7 @@ class Device:
         self._take_roster(asked.roster)
         self.state.prekey_number, self.state.prekey_private = self._next_number(), agreement_key()[0]
         prekey = self._prekey()
-        proof = prove_presence(self.state.signing_key, asked.challenge, prekey)
+        proof = prove_presence(self.state.signing_key, self.state.own_descriptor, asked.challenge, prekey)
         return to_bytes(HelloReply(self.state.descriptor, prekey, proof))
 
     def prepare(self, request: bytes) -> bytes:

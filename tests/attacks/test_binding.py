@@ -189,11 +189,15 @@ def test_a_confirmation_holds_under_its_label_only(label: bytes) -> None:
 def test_a_proof_of_presence_holds_for_its_challenge_prekey_and_device_only() -> None:
     ours, theirs = SigningKey.generate(), SigningKey.generate()
     prekey, other = Signed(KEY, KEY * 2), Signed(PLAN, KEY * 2)
-    proof = prove_presence(ours, DIGEST, prekey)
-    require_presence(Descriptor(DIGEST, 1, ours.public, KEY), DIGEST, prekey, proof)
+    device = Descriptor(DIGEST, 1, ours.public, KEY)
+    proof = prove_presence(ours, device, DIGEST, prekey)
+    require_presence(device, DIGEST, prekey, proof)
     for key, challenge, claimed in ((theirs, DIGEST, prekey), (ours, PLAN, prekey), (ours, DIGEST, other)):
         with refuses(Refusal.IDENTITY):
             require_presence(Descriptor(DIGEST, 1, key.public, KEY), challenge, claimed, proof)
+    for clone in (Descriptor(DIGEST, 2, ours.public, KEY), Descriptor(PLAN, 1, ours.public, KEY)):
+        with refuses(Refusal.IDENTITY):  # somebody else who registered this device's key as its own
+            require_presence(clone, DIGEST, prekey, proof)
 
 
 def test_a_confirmation_holds_for_its_signer_only() -> None:

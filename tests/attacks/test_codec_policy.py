@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,25 +11,25 @@ import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 from protocol import Cohort, Round, plain_encoding
-from secure_app import Hive, arrays_of, body_of, exchange_of, honest, outcome_of
+from secure_app import Arrays, Hive, Work, arrays_of, body_of, exchange_of, honest, outcome_of
 
-from propolis.messages import RECORD, broadcast_in, protocol_record
-from propolis.secure.codec.broadcast import values_digest
+from propolis.messages import RECORD, broadcast_in, protocol_record, refusal_of
 from propolis.secure.codec.encoding import Encoding
-from propolis.secure.codec.profiles import PROFILES
-from propolis.secure.codec.series import Broadcast, ModelSeries, Pace
+from propolis.secure.codec.profiles import PROFILES, Profile
+from propolis.secure.codec.series import ModelSeries, Pace, Version
 from propolis.secure.errors import Refusal, TooFewPeersError
-from propolis.secure.secagg.messages import UploadReply, from_bytes
 from propolis.secure.secagg.plan import Kind
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
 from propolis.server.flower import with_content
-from propolis.simulations.federation import SIMULATED
 
 SEED = b"s" * 32
 RNG = np.random.default_rng(0)
 MODEL = {"w": RNG.normal(size=(40, 50)).astype(np.float32), "b": RNG.normal(size=50).astype(np.float32)}
 SIZES = (50, 2000)  # by rising name
+# A server could prune nearly everything to ask for one value.
+CRAFTED = {"w": np.eye(1, 2000, dtype=np.float32).reshape(40, 50), "b": np.ones(50, np.float32)}
+ALL = [0, 1, 2, 3]
 
 
 def encoding(**changes: Any) -> Encoding:
@@ -44,6 +46,17 @@ def prepared(cohort: Cohort, how: Encoding, **names: Any) -> Round:
 def refusals(played: Round) -> set[Refusal]:
     assert len(played.refused) in (0, 4)
     return {error.refusal for error in played.refused.values()}
+
+
+def noting(trained: list[int]) -> Work:
+    """Honest devices that note that they train."""
+    return lambda message, index: (trained.append(index), honest(message, index))[1]
+
+
+def held_by(hive: Hive, index: int) -> Version:
+    version = hive.stores[index].recall_model()
+    assert version is not None
+    return version
 
 
 LIMITS: dict[str, tuple[Policy, dict[str, Any], dict[str, Any]]] = {
@@ -69,16 +82,11 @@ def test_a_seed_of_another_round_is_refused(draws: dict[str, Any]) -> None:
     assert refusals(prepared(cohort, replace(encoding(**draws), seed=b"o" * 32), number=2)) == set()
 
 
-def test_a_server_that_starts_anew_may_come_to_the_same_seed() -> None:
-    cohort, how = Cohort(4), encoding(density=0.5)
-    assert refusals(prepared(cohort, how)) == set()
-    assert refusals(prepared(cohort, how, run_id=b"r" * 16, number=2)) == set()
-
-
-def test_the_same_seed_is_that_of_a_retry() -> None:
+def test_a_retry_and_another_run_may_have_the_same_seed() -> None:
     cohort, how = Cohort(4), encoding(density=0.5, rotated=True)
-    for attempt in range(3):
-        assert refusals(prepared(cohort, how, attempt=attempt)) == set()
+    again = [{"attempt": 1}, {"attempt": 2}, {"run_id": b"r" * 16}, {"run_id": b"s" * 16, "number": 2}]
+    for names in ({}, *again):
+        assert refusals(prepared(cohort, how, **names)) == set()
 
 
 def test_where_nothing_is_drawn_from_it_the_seed_does_not_matter() -> None:
@@ -104,51 +112,60 @@ def test_a_ring_that_a_sum_or_a_single_device_could_overflow_is_refused(how: dic
     assert all("a ring of" in str(error) for error in played.refused.values())
 
 
-def test_a_round_that_asks_for_too_small_a_share_of_the_values_is_refused_before_training() -> None:
+def trained_by(codec: Profile, least: float, model: Arrays = MODEL, **config: Any) -> list[int]:
+    """Which devices train; the others refuse by their policy."""
     trained: list[int] = []
-
-    def work(message: Message, index: int) -> RecordDict:
-        trained.append(index)
-        return honest(message, index)
-
-    for codec, model in ((replace(PROFILES["thin"], density=0.19, keep=0), MODEL), (PROFILES["dense"], CRAFTED)):
-        hive = Hive(5, work, codec=codec, attempts=1, policy=replace(SIMULATED, min_density=0.2))
-        with pytest.raises(TooFewPeersError, match="upload: policy"):
-            hive.round(model=model, pruned=True)
-    assert not trained
-    enough = Hive(
-        5, work, codec=replace(PROFILES["thin"], density=0.21, keep=0), policy=replace(SIMULATED, min_density=0.2)
-    )
-    assert outcome_of(enough.round(model=MODEL)).survivors == 5
+    hive = Hive(4, noting(trained), policy=Policy(min_density=least), codec=codec, attempts=1)
+    with suppress(TooFewPeersError):
+        hive.round(model=model, **config)
+    refused = [refusal_of(reply.error.code) for reply in hive.wire.replies if reply.has_error()]
+    assert refused == [Refusal.POLICY] * (4 - len(trained))
+    return sorted(trained)
 
 
-# A server could prune nearly everything to ask for one value.
-CRAFTED = {"w": np.eye(1, 2000, dtype=np.float32).reshape(40, 50), "b": np.ones(50, np.float32)}
+SHARES = [(0.1, 0, 0.1, True), (0.1, 0, 0.1001, False), (0.05, 64, 0.07, True), (0.05, 64, 0.08, False)]
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        {"quantized": ("b", "a")},
-        {"quantized": ("a", "a")},
-        {"exact": ("a",)},
-        {"exact": ("c", "b")},
-        {"kind": Kind.EVALUATE},
-    ],
-    ids=str,
-)
-def test_arrays_out_of_order_named_twice_or_asked_for_by_an_evaluation_are_refused(names: dict[str, Any]) -> None:
-    kind = names.get("kind", Kind.TRAIN)
-    how = encoding(**{name: value for name, value in names.items() if name != "kind"})
-    assert refusals(prepared(Cohort(4), how, kind=kind)) == {Refusal.MALFORMED}
-    assert refusals(prepared(Cohort(4), encoding())) == set()
+@pytest.mark.parametrize(("density", "keep", "least", "is_enough"), SHARES)
+@pytest.mark.parametrize("codec", ["float32", "thin"])
+def test_too_small_a_share_of_the_values_is_refused_before_training(
+    density: float, keep: int, least: float, is_enough: bool, codec: str
+) -> None:
+    assert trained_by(replace(PROFILES[codec], density=density, keep=keep), least) == (ALL if is_enough else [])
+
+
+@pytest.mark.parametrize("codec", ["float32", "dense"])
+def test_a_model_crafted_of_zeros_does_not_single_a_few_values_out(codec: str) -> None:
+    """What is pruned does not travel: 51 of 2050 values do."""
+    assert trained_by(PROFILES[codec], 51.5 / 2050, CRAFTED, pruned=True) == []
+    assert trained_by(PROFILES[codec], 50.5 / 2050, CRAFTED, pruned=True) == ALL
+    assert trained_by(PROFILES[codec], 51.5 / 2050, CRAFTED) == ALL
+
+
+NAMES: dict[str, tuple[Kind, tuple[str, ...], tuple[str, ...], bool]] = {
+    "sorted": (Kind.TRAIN, ("a", "c"), ("b", "d"), True),
+    "quantized in another order": (Kind.TRAIN, ("c", "a"), (), False),
+    "exact in another order": (Kind.TRAIN, (), ("c", "a"), False),
+    "twice": (Kind.TRAIN, ("a", "a"), (), False),
+    "both": (Kind.TRAIN, ("a", "b"), ("b",), False),
+    "none to evaluate": (Kind.EVALUATE, (), (), True),
+    "quantized to evaluate": (Kind.EVALUATE, ("a",), (), False),
+    "exact to evaluate": (Kind.EVALUATE, (), ("a",), False),
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_arrays_out_of_order_named_twice_or_asked_for_by_an_evaluation_are_refused(names: str) -> None:
+    kind, quantized, exact, is_right = NAMES[names]
+    played = prepared(Cohort(4), encoding(quantized=quantized, exact=exact), kind=kind)
+    assert refusals(played) == (set() if is_right else {Refusal.MALFORMED})
 
 
 # Another model for one device, as a broadcast
 
 
-def with_broadcast(message: Message, data: bytes) -> Message:
-    ours = protocol_record(Exchange.UPLOAD, body_of(message), data)
+def with_broadcast(message: Message, data: bytes, body: bytes | None = None) -> Message:
+    ours = protocol_record(Exchange.UPLOAD, body_of(message) if body is None else body, data)
     return with_content(message, RecordDict({**message.content, RECORD: ours}))
 
 
@@ -158,18 +175,23 @@ def another(values: np.ndarray, change: float) -> bytes:
     return ModelSeries(b"another series 1", 1.0, SIZES, Pace(other, other, (1.0, 1.0))).message_for(None).to_bytes()
 
 
-@pytest.mark.parametrize("victims", [{4}, {1, 2}, {2, 3, 4, 5}], ids=str)
-@pytest.mark.parametrize("change", [1.0, 1e-6])
-def test_a_device_that_is_shown_another_broadcast_makes_the_sum_noise(victims: set[int], change: float) -> None:
+def deceiving(victims: Collection[int], change: float) -> Hive:
+    """After a round; in the next ones some devices are shown another model."""
     hive = Hive(5, codec=PROFILES["dense"], attempts=1)
     hive.round(model=MODEL)
-    held = hive.stores[0].recall_model()
-    assert held is not None
+    held = held_by(hive, 0)
     hive.wire.deliver = lambda exchange, message: (
         with_broadcast(message, another(held.values, change))
         if exchange == "upload" and message.metadata.dst_node_id in victims
         else message
     )
+    return hive
+
+
+@pytest.mark.parametrize("victims", [{4}, {1, 2}, {2, 3, 4, 5}], ids=str)
+@pytest.mark.parametrize("change", [1.0, 1e-6])
+def test_a_device_that_is_shown_another_broadcast_makes_the_sum_noise(victims: set[int], change: float) -> None:
+    hive = deceiving(victims, change)
     replies = len(hive.wire.replies)
     with pytest.raises(TooFewPeersError, match="the sum is noise: some device saw another model"):
         hive.round(model=MODEL)
@@ -181,63 +203,59 @@ def test_a_device_that_is_shown_another_broadcast_makes_the_sum_noise(victims: s
 
 def test_the_same_model_by_another_way_is_the_same() -> None:
     """What is bound to the masks is the model, not how it came: a newcomer's whole and the others' steps agree."""
-    hive = Hive(5, codec=PROFILES["dense"], attempts=1)
-    hive.round(model=MODEL)
-    held = hive.stores[0].recall_model()
-    assert held is not None
-    hive.wire.deliver = lambda exchange, message: (
-        with_broadcast(message, another(held.values, 0.0))
-        if exchange == "upload" and message.metadata.dst_node_id == 4
-        else message
-    )
+    hive = deceiving({4}, 0.0)
     assert outcome_of(hive.round(model=MODEL)).survivors == 5
 
 
 def test_a_model_that_is_not_what_its_digest_says_is_not_trained_on() -> None:
     hive = Hive(5, codec=PROFILES["dense"], attempts=1)
     model = arrays_of(hive.round(model=MODEL))
-    wrong: list[bytes] = []
 
     def swapped(exchange: str, message: Message) -> Message:
         if exchange != "upload" or message.metadata.dst_node_id != 4:
             return message
-        wrong.append(broadcast_in(message.content))
-        return with_broadcast(message, wrong[-1][:-1] + bytes([wrong[-1][-1] ^ 1]))
+        data = broadcast_in(message.content)
+        return with_broadcast(message, data[:-1] + bytes([data[-1] ^ 1]))
 
     hive.wire.deliver = swapped
-    outcome = outcome_of(hive.round(model=model))
-    assert (outcome.survivors, outcome.failures) == (4, ("upload: base",))
-    assert len(wrong) == 2
+    reply = hive.round(model=model)
+    assert (outcome_of(reply).survivors, outcome_of(reply).failures) == (4, ("upload: base",))
+    assert hive.wire.asked("upload")[-2:].count(4) == 1
+    hive.wire.deliver = lambda exchange, message: message
+    assert outcome_of(hive.round(model=arrays_of(reply))).survivors == 5
 
 
-def test_a_message_that_is_not_accepted_leaves_the_devices_model_as_it_is() -> None:
-    hive = Hive(5, codec=PROFILES["dense"], attempts=1)
-    model = arrays_of(hive.round(model=MODEL))
-    held = hive.stores[0].recall_model()
-    assert held is not None
-    (asked, *_) = [m for m in hive.wire.requests if exchange_of(m) == "upload"]
-    other = Broadcast(
-        held.series, held.number, held.number + 1, (), b"r" + bytes(4 * 2050), values_digest(np.zeros(2050, np.float32))
-    )
-    junk = with_content(
-        asked, RecordDict({**asked.content, RECORD: protocol_record(Exchange.UPLOAD, b"junk", other.to_bytes())})
-    )
-    (message_id,) = hive.wire.inner.push_messages([junk])
-    (reply,) = hive.wire.inner.pull_messages([message_id])
-    assert reply.has_error()
-    assert hive.stores[0].recall_model() is held
-    outcome = outcome_of(hive.round(model=model))
-    assert (outcome.survivors, outcome.failures) == (5, ())
+def intruder(hive: Hive, how: str) -> Message:
+    """A message to the second device with another model, which is not the next one of its round."""
+    asked = [m for m in hive.wire.requests if exchange_of(m) == "upload" and m.metadata.dst_node_id == 2]
+    body = {"garbage": b"\xff" * 40, "old": body_of(asked[0])}.get(how)
+    message = with_broadcast(asked[-1], another(held_by(hive, 1).values, 1.0), body)
+    return hive.grid.create_message(message.content, "evaluate" if how == "another kind" else "train", 2, "")
 
 
-def test_coarse_uploads_are_as_masked_as_fine_ones() -> None:
-    """Four bits of a masked vector tell nothing: the same in two rounds they are as often as chance has it."""
-    hive = Hive(5, codec=PROFILES["dense"])
-    for _ in range(3):
-        hive.round(model=MODEL)
-    last, before = (
-        np.frombuffer(from_bytes(UploadReply, body_of(hive.wire.said("upload")[place])).vector, np.uint8)
-        for place in (-1, -6)
-    )
-    same = np.mean([(last & 15) == (before & 15), (last >> 4) == (before >> 4)])
-    assert same == pytest.approx(1 / 16, abs=0.03)
+@pytest.mark.parametrize("how", ["garbage", "old", "again", "another kind"])
+@pytest.mark.parametrize("within", [False, True], ids=["between rounds", "within one"])
+def test_a_message_that_is_not_accepted_leaves_the_devices_model_as_it_is(how: str, within: bool) -> None:
+    trained: list[int] = []
+    hive = Hive(4, noting(trained), codec=PROFILES["dense"])
+    model = arrays_of(hive.round(model=arrays_of(hive.round(model=MODEL))))
+    trained.clear()
+
+    def intrude() -> None:
+        before = held_by(hive, 1)
+        (reply,) = hive.wire.inner.send_and_receive([intruder(hive, how)], timeout=60)
+        assert reply.has_error()
+        assert held_by(hive, 1) is before
+        assert not trained
+
+    def delivered(exchange: str, message: Message) -> Message:
+        if exchange == "prepare" and within and message.metadata.dst_node_id == 4:  # the second is in the new round
+            intrude()
+        return message
+
+    hive.wire.deliver = delivered
+    if not within:
+        intrude()
+    assert outcome_of(hive.round(model=model)).survivors == 4
+    assert sorted(trained) == ALL
+    assert not any(reply.has_error() for reply in hive.wire.replies)

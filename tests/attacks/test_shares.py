@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -25,6 +25,7 @@ from propolis.secure.identity import agreement_key
 from propolis.secure.merkle import HASH_BYTES, MerkleTree
 from propolis.secure.prg import VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
+from propolis.secure.secagg import client as client_module
 from propolis.secure.secagg import server as server_module
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.device import Device
@@ -43,7 +44,7 @@ from propolis.secure.secagg.messages import (
 )
 from propolis.secure.secagg.preparation import head_context, preparation_tree, records_of, server_record
 from propolis.secure.secagg.server import SecAggServer
-from propolis.secure.shamir import PRIME, SHARE_BYTES, combine, split
+from propolis.secure.shamir import PRIME, SHARE_BYTES, RandomBytes, combine, split
 
 # Ten devices: k = 9, t = 7, so two of the holders of every secret may fail.
 DEVICES, THRESHOLD = 10, 7
@@ -789,3 +790,30 @@ def test_no_metrics_are_remembered_too() -> None:
         restored.receive_upload(4, replace(reply, metrics=("loss",), lanes=reply.lanes + bytes(8)))
     assert caught.value.refusal is Refusal.MODEL
     assert restored.to_bytes() == before
+
+
+def test_no_two_secrets_are_shared_by_polynomials_that_have_anything_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One holder of two secrets' shares would learn their difference, or with a known polynomial the secret itself."""
+    shared: list[dict[int, int]] = []
+
+    def recorded(secret: bytes, threshold: int, xs: Sequence[int], random_bytes: RandomBytes) -> list[bytes]:
+        shares = split(secret, threshold, xs, random_bytes)
+        shared.append({x: int.from_bytes(share, "big") for x, share in zip(xs, shares, strict=True)})
+        return shares
+
+    monkeypatch.setattr(client_module, "split", recorded)
+    cohort = Cohort(DEVICES)
+    for number in (1, 2):
+        cohort.round(number=number).prepare()
+    assert len(shared) == 2 * 2 * DEVICES
+    for one, other in combinations(shared, 2):
+        points = sorted(one.keys() & other.keys())
+        assert len({(one[x] - other[x]) % PRIME for x in points}) == len(points)
+
+
+def test_secrets_are_elements_of_the_field_whatever_the_source_of_randomness() -> None:
+    """Sixteen random bytes might be none."""
+    played = Cohort(4).round()
+    request = to_bytes(played.server.prepare_request(0, frozenset()))
+    device = Device(played.cohort.federation.devices[0], played.cohort.policy, played.cohort.now, lambda n: b"\xff" * n)
+    assert from_bytes(PrepareReply, device.prepare(request)).deliveries

@@ -1,4 +1,4 @@
-"""The model's way to the devices from the server's end: it is followed, pruned stays pruned, and orders do not matter."""
+"""The model's way to the devices from the server's end: it is followed, and pruned stays pruned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from secure_app import MODEL, Arrays, Hive
 
 from propolis.messages import fill_model, sizes_elsewhere
 from propolis.secure.codec.broadcast import NOT_PRUNED
-from propolis.secure.codec.series import Broadcast, ModelSeries, Version, first_version, rebuild
+from propolis.secure.codec.series import MOST_DELTAS, Broadcast, ModelSeries, Version, first_version, rebuild
 from propolis.secure.errors import UsageError
 from propolis.server.batch import Batch
 from propolis.server.broadcaster import Broadcaster
@@ -113,6 +113,31 @@ def test_training_on_a_coarse_broadcast_does_not_diverge(coarseness: float) -> N
     assert max(seen[-20:]) < 0.1
 
 
+# Steps
+
+
+def rebuilt(message: Broadcast, had: Version | None) -> Version:
+    return rebuild(Broadcast.from_bytes(message.to_bytes()), had, (3, 7))
+
+
+def test_no_more_steps_are_kept_and_sent_than_a_device_can_be_expected_to_take() -> None:
+    server = series(0.5, (3, 7))
+    server.publish(drawn(0, 10))
+    newcomer = rebuilt(server.message_for(None), None)
+    for number in range(MOST_DELTAS - 1):
+        server.publish(server.values.copy())
+        assert len(server.message_for(None).deltas) == number + 2
+    known = server.message_for(1)
+    assert (len(known.deltas), known.values) == (MOST_DELTAS - 1, b"")
+    assert rebuilt(known, newcomer).values.tobytes() == server.values.tobytes()
+    for _ in range(2):
+        server.publish(server.values.copy())
+        assert len(server.message_for(None).deltas) == MOST_DELTAS
+    assert server.version == MOST_DELTAS + 2
+    assert server.message_for(1).values != b""
+    assert rebuilt(server.message_for(1), newcomer).values.tobytes() == server.values.tobytes()
+
+
 # Batches
 
 
@@ -188,6 +213,15 @@ def test_a_model_that_is_not_finite_is_not_published(wrong: float, first: bool) 
     assert np.isfinite(published(server, MODEL)["w"]).all()
 
 
+@pytest.mark.parametrize("other", [{"b": np.zeros(4, np.float32)}, {"c": MODEL["b"]}], ids=["shape", "name"])
+def test_a_model_of_other_shapes_is_refused(other: Arrays) -> None:
+    server = Broadcaster(1.0)
+    published(server, MODEL)
+    for wrong in ({**MODEL, **other}, {"w": MODEL["w"]}):
+        with pytest.raises(UsageError, match="has another shape than in the rounds before"):
+            server.publish(batch(wrong), sorted(wrong))
+
+
 def test_who_has_what_decides_what_is_sent() -> None:
     server = Broadcaster(1.0)
     published(server, MODEL)
@@ -202,4 +236,3 @@ def test_who_has_what_decides_what_is_sent() -> None:
     assert Broadcast.from_bytes(server.content_for(1).broadcast).values != b""
     assert (had.values != 0).all()
     assert NOT_PRUNED in had.values
-    assert isinstance(had, Version)

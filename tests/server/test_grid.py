@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,7 +46,9 @@ from propolis.secure.secagg.messages import (
     to_bytes,
 )
 from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.states import Exchange
 from propolis.server.batch import Outcome
+from propolis.server.channel import Channel
 from propolis.server.exchange import GridWrapper
 from propolis.server.grid import SecureGrid
 from propolis.server.planner import Protection
@@ -765,7 +767,7 @@ def test_a_device_that_fell_silent_is_told_again_of_what_it_may_not_have_heard()
     assert told(hive, 1) == [4, 0]
 
 
-def test_a_device_that_never_knows_its_peers_is_asked_twice_and_left_out() -> None:
+def test_a_device_that_knows_no_peer_although_it_was_sent_them_all_is_not_asked_again() -> None:
     def shifty(exchange: str, message: Message) -> Message:
         """To node 3 nobody is ever introduced."""
         if (exchange, message.metadata.dst_node_id) != ("prepare", 3):
@@ -777,7 +779,27 @@ def test_a_device_that_never_knows_its_peers_is_asked_twice_and_left_out() -> No
     reply = hive.round()
     require_mean(reply, [0, 1, 3, 4])
     assert outcome_of(reply).failures == ("prepare: unknown-peer",)
-    assert told(hive, 3) == [4, 4]
+    assert told(hive, 3) == [4]
+
+
+def test_asking_a_second_time_shares_the_deadline_of_the_first() -> None:
+    """A device that says it has forgotten its peers must not double what an attempt may take."""
+    asked: list[float] = []
+
+    class Timed(Channel):
+        def ask(self, *arguments: Any) -> Iterator[tuple[int, bytes]]:
+            if arguments[0] is Exchange.PREPARE:
+                asked.append(arguments[2])
+            return super().ask(*arguments)
+
+    hive = Hive(5, attempts=1)
+    hive.round()
+    forget_peers(hive, 2, [0, 1, 3, 4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("propolis.server.grid.Channel", Timed)
+        hive.round(model={"w": MODEL["w"] + 1})
+    assert len(asked) == 2
+    assert asked[1] < asked[0] == 60
 
 
 def test_another_grid_tells_everything_again() -> None:

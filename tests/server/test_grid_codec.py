@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,12 +15,11 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 from secure_app import Hive, answer, arrays_of, body_of, exchange_of, honest, mean_shift, metrics_of, outcome_of, record
 
-from propolis.messages import RECORD, broadcast_in, protocol_record
+from propolis.messages import broadcast_in
 from propolis.secure.codec.profiles import PROFILES, Profile
-from propolis.secure.errors import UsageError
+from propolis.secure.errors import PeerError, Refusal, TooFewPeersError
 from propolis.secure.secagg.messages import UploadReply, from_bytes
-from propolis.secure.secagg.states import Exchange
-from propolis.server.flower import with_content
+from propolis.secure.secagg.policy import Policy
 
 Arrays = dict[str, np.ndarray]
 DENSE, THIN = PROFILES["dense"], PROFILES["thin"]
@@ -77,11 +77,17 @@ def uplink(hive: Hive) -> int:
 
 @pytest.mark.parametrize("codec", [DENSE, HALF, replace(HALF, rotated=False, width=12), replace(DENSE, broadcast=0.0)])
 def test_rounds_lead_to_the_devices_mean(codec: Profile) -> None:
-    assert distance(run(hive(codec), 15)) < 0.13 < 0.9 < distance(MODEL)
+    assert distance(run(hive(codec), 8)) < 0.2 < 0.9 < distance(MODEL)
 
 
-def test_rounds_with_a_very_coarse_broadcast_lead_there_too() -> None:
-    assert distance(run(hive(replace(THIN, density=1.0), partial(pulling, part=0.1)), 40)) < 0.3
+@pytest.mark.parametrize("broadcast", [THIN.broadcast, 12.0])
+def test_rounds_with_a_very_coarse_broadcast_do_not_diverge(broadcast: float) -> None:
+    some, model, seen = hive(replace(THIN, density=1.0, broadcast=broadcast), partial(pulling, part=0.2)), MODEL, []
+    for _ in range(14):
+        model = run(some, 1, model)
+        seen.append(distance(model))
+    assert max(seen) < distance(MODEL)
+    assert max(seen[-4:]) < 0.5 * distance(MODEL)
 
 
 def test_the_mean_is_the_honest_shift_on_average() -> None:
@@ -117,12 +123,12 @@ def test_a_strategy_that_makes_the_model_double_goes_on(strategy: str) -> None:
 @pytest.mark.parametrize("codec", [DENSE, HALF], ids=["dense", "half"])
 def test_devices_that_drop_out_are_back_in_the_next_round(exchange: str, codec: Profile) -> None:
     some, model = hive(codec), MODEL
-    for number in range(12):
+    for number in range(DEVICES):
         some.wire.lose = lambda asked, node, out=number % DEVICES + 1: asked == exchange and node == out
         reply = some.round(model=model)
         assert outcome_of(reply).survivors == DEVICES - (exchange == "upload")
         model = arrays_of(reply)
-    assert distance(model) < 0.25
+    assert distance(model) < 0.4
     assert not any(message.has_error() for message in some.wire.replies)
 
 
@@ -166,30 +172,13 @@ def test_a_device_that_lost_the_model_is_sent_the_whole_in_the_same_exchange(
     assert distance(arrays_of(reply)) < distance(model)
 
 
-def test_a_device_that_cannot_rebuild_even_the_whole_is_a_drop_out() -> None:
-    def spoilt(exchange: str, message: Message) -> Message:
-        if (exchange, message.metadata.dst_node_id) != ("upload", 2):
-            return message
-        data = broadcast_in(message.content)
-        ours = protocol_record(Exchange.UPLOAD, body_of(message), data[:-1] + bytes([data[-1] ^ 1]))
-        return with_content(message, RecordDict({**message.content, RECORD: ours}))
-
-    some = hive()
-    some.wire.deliver = spoilt
-    reply = some.round(model=MODEL)
-    assert (outcome_of(reply).survivors, outcome_of(reply).failures) == (4, ("upload: base",))
-    some.wire.deliver = lambda exchange, message: message
-    assert outcome_of(some.round(model=arrays_of(reply))).survivors == DEVICES
-
-
-def test_a_model_of_other_shapes_is_refused_before_anything_is_sent() -> None:
-    some = hive()
-    run(some, 1)
-    some.wire.requests.clear()
-    for other in ({**MODEL, "b": np.zeros(49, np.float32)}, {"w": MODEL["w"]}, {**MODEL, "c": MODEL["b"]}):
-        with pytest.raises(UsageError, match="has another shape than in the rounds before"):
-            some.round(model=other)
-    assert not some.wire.requests
+@pytest.mark.parametrize("error", [MemoryError, ValueError, PeerError(Refusal.NOT_FINITE, "infinite")], ids=repr)
+def test_any_error_after_training_counts_as_a_reveal(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hive = Hive(4, codec=PROFILES["dense"], policy=Policy(max_reveals_per_model=3), attempts=1)
+    monkeypatch.setattr("propolis.client.update.encode_update", MagicMock(side_effect=error))
+    with pytest.raises(TooFewPeersError):
+        hive.round(model=MODEL)
+    assert [store.change(lambda d: list(d.state.reveals.values())) for store in hive.stores] == [[1]] * 4
 
 
 # What travels
@@ -231,8 +220,7 @@ def test_an_evaluation_of_the_model_that_devices_have_sends_next_to_nothing() ->
     model = run(some, 2)
     some.round("evaluate", model)
     since = len(some.wire.requests)
-    reply = some.round("evaluate", model)
-    assert metrics_of(reply)["accuracy"] > 0
+    assert metrics_of(some.round("evaluate", model))["accuracy"] > 0
     assert max(downlink(some, since)) < 100
     assert {store.recall_model().number for store in some.stores} == {3}
 
@@ -246,3 +234,16 @@ def test_all_devices_train_on_the_same_bits_which_follow_the_strategys_model() -
         sent, model = model, run(some, 1, model)
         assert len({arrays_of(message)["w"].tobytes() for message in seen}) == 1
         assert distance(arrays_of(seen[0]), sent) < 0.25
+
+
+def test_coarse_uploads_are_as_masked_as_fine_ones() -> None:
+    """Four bits of a masked vector tell nothing: the same in two rounds they are as often as chance has it."""
+    hive = Hive(5, codec=PROFILES["dense"])
+    for _ in range(3):
+        hive.round(model=MODEL)
+    last, before = (
+        np.frombuffer(from_bytes(UploadReply, body_of(hive.wire.said("upload")[place])).vector, np.uint8)
+        for place in (-1, -6)
+    )
+    same = np.mean([(last & 15) == (before & 15), (last >> 4) == (before >> 4)])
+    assert same == pytest.approx(1 / 16, abs=0.03)

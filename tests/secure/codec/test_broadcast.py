@@ -103,20 +103,6 @@ def test_each_array_has_a_grid_of_its_own() -> None:
     assert all(part.max() >= 4 for part in parts(symbols, sizes) if len(part))
 
 
-def test_an_outlier_in_one_array_leaves_the_others_as_fine_as_they_were() -> None:
-    target = np.array([1e6, 1e-3, 2e-3], np.float32)
-    delta, after = broadcast.step_towards(blank(3), target, (1e-3, 1e-3), (1, 2), None)
-    assert delta.steps == pytest.approx((1e6 / 32_767, 1e-3))
-    np.testing.assert_allclose(after, target, rtol=1e-4)
-
-
-def test_an_array_with_a_step_of_zero_stays_as_it_is_beside_one_that_moves() -> None:
-    values, target = np.ones(20, np.float32), np.repeat(np.array([1, 2], np.float32), 10)
-    delta, after = broadcast.step_towards(values, target, (0.0, 0.5), (10, 10), None)
-    assert delta.steps == (0, 0.5)
-    np.testing.assert_array_equal(after, target)
-
-
 @pytest.mark.parametrize("steps", [(), (1.0,), (1.0, 1.0, 1.0)], ids=len)
 def test_a_step_too_few_or_too_many_is_malformed(steps: tuple[float, ...]) -> None:
     values, good = np.ones(10, np.float32), Delta((1.0, 2.0), 1, compress(bytes([1] * 10)), b"")
@@ -124,13 +110,6 @@ def test_a_step_too_few_or_too_many_is_malformed(steps: tuple[float, ...]) -> No
     with pytest.raises(PeerError, match=f"{len(steps)} steps for 2 arrays") as caught:
         broadcast.apply(values, replace(good, steps=steps), (4, 6))
     assert caught.value.refusal is Refusal.MALFORMED
-
-
-@given(st.lists(st.integers(0, 9), max_size=6))
-def test_parts_are_the_arrays(sizes: list[int]) -> None:
-    values = drawn(sum(sizes))
-    assert [len(part) for part in parts(values, sizes)] == sizes
-    np.testing.assert_array_equal(np.concatenate([blank(0), *parts(values, sizes)]), values)
 
 
 # Sizes of values
@@ -148,12 +127,11 @@ def test_symbols_have_as_many_bytes_as_the_largest_one_needs(largest: int, size:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_an_outlier_makes_the_step_coarser_and_not_the_symbol_wrap(sign: int) -> None:
-    target = np.zeros(10**6, np.float32)
-    target[3] = sign * 1e6
-    delta, after = step_towards(np.zeros(10**6, np.float32), target, None, 1e-6)
-    assert delta.steps[0] == pytest.approx(1e6 / 32_767)
-    assert after[3] == pytest.approx(sign * 1e6, rel=1e-4)
+def test_an_outlier_makes_its_arrays_step_coarser_and_no_symbol_wrap(sign: int) -> None:
+    target = np.array([sign * 1e6, 1e-3, 2e-3], np.float32)
+    delta, after = broadcast.step_towards(blank(3), target, (1e-3, 1e-3), (1, 2), None)
+    assert delta.steps == pytest.approx((1e6 / 32_767, 1e-3))
+    np.testing.assert_allclose(after, target, rtol=1e-4)
 
 
 def test_each_array_has_a_step_of_its_own() -> None:
@@ -208,16 +186,10 @@ def test_a_value_that_is_pruned_no_longer_comes_back() -> None:
 # What a peer may send
 
 
-@pytest.mark.parametrize("step", [3.4e38, 1e38])
-def test_a_step_into_the_infinite_is_refused(step: float) -> None:
-    delta = Delta((step,), 1, compress(b"\x7f"), b"")
-    assert refused(delta, np.ones(1, np.float32)) is Refusal.MODEL
-
-
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_a_step_that_is_no_number_is_refused() -> None:
-    for step in (np.nan, np.inf):
-        assert refused(Delta((step,), 1, compress(b"\x01\x00"), b""), np.ones(2, np.float32)) is Refusal.MODEL
+@pytest.mark.parametrize("step", [3.4e38, 1e38, np.inf, np.nan])
+def test_a_step_into_the_infinite_or_of_no_number_is_refused(step: float) -> None:
+    assert refused(Delta((step,), 1, compress(b"\x7f\x00"), b""), np.ones(2, np.float32)) is Refusal.MODEL
 
 
 @given(st.binary(max_size=3000))
