@@ -455,3 +455,17 @@ def test_a_policy_comes_from_the_nodes_configuration() -> None:
 def test_a_policy_that_cannot_be_read_is_an_error_and_not_ignored(key: str, value: Any) -> None:
     with pytest.raises(UsageError):
         policy_of({key: value})
+
+
+def test_whatever_goes_wrong_after_training_counts_like_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a bug of ours: that there is an error says something of the data."""
+    from propolis.client import update
+
+    def broken(*_: object) -> None:
+        raise KeyError("w")
+
+    monkeypatch.setattr(update, "encode_update", broken)
+    hive = Hive(4, policy=Policy(max_reveals_per_model=1), attempts=1)
+    for said in ("upload: storage", "upload: reveals"):
+        with pytest.raises(TooFewPeersError, match=said):
+            hive.round()
