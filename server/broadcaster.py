@@ -69,16 +69,11 @@ class Broadcaster:
         model = batch.precise
         self._require_same_shapes(model)
         self._names = tuple(names)
-        if (count := sum(model[name].size for name in self._names)) > MOST_VALUES:
-            raise UsageError(
-                f"the model has {count} values, and only {MOST_VALUES} can go down as steps: set broadcast to 0"
-            )
-        target = self._flat(model, np.float32)
-        if not np.isfinite(target).all():
-            raise UsageError("the model is infinite or NaN")
+        target = self._target(model)
         if self._series is None:
             sizes = [model[name].size for name in self._names]
             self._series = ModelSeries(os.urandom(SERIES_BYTES), self._coarseness, sizes, self._start)
+            self._shapes = shapes_of(model)
         pruned_now = batch.is_pruned and not self._is_pruned
         self._is_pruned |= batch.is_pruned
         if pruned_now or self._series.pace is None or not np.array_equal(target, self._series.pace.target):
@@ -144,7 +139,16 @@ class Broadcaster:
         if self._shapes and shapes != self._shapes:
             changed = sorted(n for n in shapes.keys() | self._shapes.keys() if shapes.get(n) != self._shapes.get(n))
             raise UsageError(f"the model's {changed[0]} has another shape than in the rounds before")
-        self._shapes = shapes
+
+    def _target(self, model: Arrays) -> Values:
+        if (count := sum(model[name].size for name in self._names)) > MOST_VALUES:
+            raise UsageError(
+                f"the model has {count} values, and only {MOST_VALUES} can go down as steps: set broadcast to 0"
+            )
+        target: Values = self._flat(model, np.float32)
+        if not np.isfinite(target).all():
+            raise UsageError("the model is infinite or NaN")
+        return target
 
     def _flat(self, arrays: Mapping[str, NDArray[Any]], dtype: type) -> NDArray[Any]:
         with np.errstate(over="ignore"):
