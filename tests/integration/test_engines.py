@@ -48,13 +48,13 @@ def test_the_ray_backend_gives_the_same_result_file(tmp_path: Path) -> None:
     assert per_survivor[0] == pytest.approx(per_survivor[1], rel=0.01)
 
 
-@pytest.mark.parametrize("prune", ["0", "0.5"])
-def test_secure_sums_are_the_same_on_ray(tmp_path: Path, prune: str) -> None:
+@pytest.mark.parametrize("changes", [[], ["--prune", "0.5", "--codec", "thin"]], ids=str)
+def test_secure_sums_are_the_same_on_ray(tmp_path: Path, changes: list[str]) -> None:
     """Masks and keys differ in every run; the sum is exact, whoever was first, and rounding is seeded."""
     losses, models = [], []
     for backend in ("local", "ray"):
         flags = ["--clients", "4", "--rounds", "2", "--protection", "secagg", "--backend", backend]
-        flags += ["--prune", prune, "--out", backend]
+        flags += [*changes, "--out", backend]
         done = subprocess.run(
             [sys.executable, "-m", "propolis", "simulate", *flags, "--json"],
             cwd=tmp_path, capture_output=True, text=True, timeout=END_AFTER_S, check=True,
