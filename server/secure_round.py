@@ -33,8 +33,8 @@ from propolis.secure.secagg.states import Exchange
 from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
 
-# What a second asking gets at the least where the first one used up the time.
-_SHORTEST_S = 5.0
+# Nobody is asked again with less time left: a SuperLink refuses messages that have expired when they reach it.
+_SHORTEST_S = 1.0
 
 _log = logging.getLogger("flwr")
 
@@ -88,9 +88,7 @@ class SecureRound:
         forgetful = [index for index in unknowing if index in not_told]  # who was sent everything is lying
         for index in forgetful:
             self._directory.forget_told(index)
-            self._channel.forgive(self._nodes[index])
-        if forgetful:
-            self._ask_to_prepare(forgetful, max(_SHORTEST_S, deadline - time.monotonic()))
+        self._ask_again(forgetful, deadline, self._ask_to_prepare)
         self._require(len(self._server.ready), "prepared")
 
     def _is_told_of_some(self, index: int) -> bool:
@@ -122,10 +120,9 @@ class SecureRound:
         stranded = [i for i in self._server.ready if self._channel.refusals.get(self._nodes[i]) is Refusal.BASE]
         if stranded:
             _log.warning("secure round: %d devices could not rebuild the model: they are sent the whole", len(stranded))
-            for index in stranded:
-                source.forget(index)
-                self._channel.forgive(self._nodes[index])
-            self._upload(stranded, source, max(0.0, deadline - time.monotonic()))
+        for index in stranded:
+            source.forget(index)
+        self._ask_again(stranded, deadline, lambda indices, left: self._upload(indices, source, left))
         self._require(len(self._server.alive), "sent a masked update")
         self._server.close_uploads()
 
@@ -144,6 +141,14 @@ class SecureRound:
             timeout,
             lambda node_id: source.content_for(self._index[node_id]),
         )
+
+    def _ask_again(self, indices: list[int], deadline: float, ask: Callable[[list[int], float], None]) -> None:
+        """Ask some devices once more in the time that is left; where there is none, they have failed."""
+        left = deadline - time.monotonic()
+        if indices and left >= _SHORTEST_S:
+            for index in indices:
+                self._channel.forgive(self._nodes[index])
+            ask(indices, left)
 
     def confirm(self, timeout: float) -> None:
         """Gather signatures on who is alive."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -782,24 +783,30 @@ def test_a_device_that_knows_no_peer_although_it_was_sent_them_all_is_not_asked_
     assert told(hive, 3) == [4]
 
 
-def test_asking_a_second_time_shares_the_deadline_of_the_first() -> None:
-    """A device that says it has forgotten its peers must not double what an attempt may take."""
+@pytest.mark.parametrize(("taken", "left"), [(20, [40]), (58, [2]), (59.5, []), (61, [])])
+def test_asking_a_second_time_gets_what_the_first_has_left(
+    taken: float, left: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that says it has forgotten its peers must not lengthen an attempt; in the next one it is told."""
     asked: list[float] = []
 
     class Timed(Channel):
         def ask(self, *arguments: Any) -> Iterator[tuple[int, bytes]]:
+            yield from super().ask(*arguments)
             if arguments[0] is Exchange.PREPARE:
                 asked.append(arguments[2])
-            return super().ask(*arguments)
 
     hive = Hive(5, attempts=1)
     hive.round()
     forget_peers(hive, 2, [0, 1, 3, 4])
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr("propolis.server.grid.Channel", Timed)
-        hive.round(model={"w": MODEL["w"] + 1})
-    assert len(asked) == 2
-    assert asked[1] < asked[0] == 60
+        patch.setattr("propolis.server.secure_round.time", SimpleNamespace(monotonic=lambda: taken * len(asked)))
+        reply = hive.round(model={"w": MODEL["w"] + 1})
+    assert asked == [60, *left]
+    assert outcome_of(reply).failures == (() if left else ("prepare: unknown-peer",))
+    assert outcome_of(hive.round(model={"w": MODEL["w"] + 2})).survivors == 5
+    assert told(hive, 3) == [4, 0, 4, 0] if left else [4, 0, 4]
 
 
 def test_another_grid_tells_everything_again() -> None:

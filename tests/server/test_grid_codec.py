@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -170,6 +171,23 @@ def test_a_device_that_lost_the_model_is_sent_the_whole_in_the_same_exchange(
     sizes = downlink(some, since)
     assert sizes[-1] > sizes[0]
     assert distance(arrays_of(reply)) < distance(model)
+
+
+def test_where_no_time_is_left_a_device_that_lost_the_model_is_sent_the_whole_in_the_next_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A SuperLink would refuse a message that has no time left to live, and the run would end."""
+    some = hive(attempts=1)
+    model = run(some, 2)
+    forget(some, 3)
+    with monkeypatch.context() as patch:
+        clock = SimpleNamespace(monotonic=lambda: 100.0 * some.wire.asked("upload").count(4))
+        patch.setattr("propolis.server.secure_round.time", clock)
+        reply = some.round(model=model)
+    assert (outcome_of(reply).survivors, outcome_of(reply).failures) == (DEVICES - 1, ("upload: base",))
+    assert some.wire.asked("upload").count(4) == 3
+    assert outcome_of(some.round(model=arrays_of(reply))).survivors == DEVICES
+    assert some.wire.asked("upload").count(4) == 4
 
 
 @pytest.mark.parametrize("error", [MemoryError, ValueError, PeerError(Refusal.NOT_FINITE, "infinite")], ids=repr)
