@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from sys import getsizeof
 
 from propolis.secure.errors import Refusal, TrustError
 from propolis.secure.identity import Signed, TrustedRoster, descriptor_digest, require_presence, verify_prekey
 from propolis.secure.secagg.messages import HelloReply, NeighbourKeys
+
+# Memory for who was told of whom. A device of the largest federation takes up to 140,000 bytes, one of a thousand
+# devices 160. Who was told longest ago is dropped, and told everything again: devices take that at any time.
+_MOST_TOLD_BYTES = 2**26
 
 
 class Directory:
@@ -25,7 +30,9 @@ class Directory:
         self._descriptors: dict[int, bytes] = {}
         self._numbers: dict[int, int] = {}
         self._banned: set[int] = set()
-        self._told_of: dict[int, int] = {}  # by device, a bit for each place of the roster up to the last
+        # By device, told last at the end: a bitmap of the roster, as long as the highest index that it was told of.
+        self._told_of: dict[int, int] = {}
+        self._told_bytes = 0
 
     def strangers(self, node_ids: Iterable[int]) -> list[int]:
         """The nodes that must say hello before they can take part in a round."""
@@ -70,11 +77,17 @@ class Directory:
 
     def note_told(self, index: int, others: Iterable[int]) -> None:
         """Note that a device has accepted the descriptors of these others."""
-        self._told_of[index] = self._told_of.get(index, 0) | sum(1 << other for other in others)
+        told = self._told_of.get(index, 0) | sum(1 << other for other in others)
+        self.forget_told(index)
+        self._told_of[index] = told
+        self._told_bytes += getsizeof(told)
+        while self._told_bytes > _MOST_TOLD_BYTES:
+            self.forget_told(next(iter(self._told_of)))
 
     def forget_told(self, index: int) -> None:
-        """Note that a device has lost what it was told: the next request has everything."""
-        self._told_of.pop(index, None)
+        """Forget what a device was told, as when it has lost it: the next request has everything."""
+        if index in self._told_of:
+            self._told_bytes -= getsizeof(self._told_of.pop(index))
 
     def ban(self, index: int) -> None:
         """Leave out a device that was seen to cheat, for the rest of the run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -18,14 +18,13 @@ from protocol import SHARED_INPUT, Cohort, Round, deliveries_in, pairwise_mask, 
 
 from propolis.secure import labels
 from propolis.secure.codec.lanes import LANES
-from propolis.secure.envelope import seal
+from propolis.secure.envelope import open_sealed, seal
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
 from propolis.secure.graph import sharing
-from propolis.secure.identity import agreement_key
+from propolis.secure.identity import agreement_key, descriptor_digest
 from propolis.secure.merkle import HASH_BYTES, MerkleTree
 from propolis.secure.prg import VECTOR_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
-from propolis.secure.secagg import client as client_module
 from propolis.secure.secagg import server as server_module
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.device import Device
@@ -44,7 +43,7 @@ from propolis.secure.secagg.messages import (
 )
 from propolis.secure.secagg.preparation import head_context, preparation_tree, records_of, server_record
 from propolis.secure.secagg.server import SecAggServer
-from propolis.secure.shamir import PRIME, SHARE_BYTES, RandomBytes, combine, split
+from propolis.secure.shamir import PRIME, SHARE_BYTES, combine, split
 
 # Ten devices: k = 9, t = 7, so two of the holders of every secret may fail.
 DEVICES, THRESHOLD = 10, 7
@@ -792,23 +791,54 @@ def test_no_metrics_are_remembered_too() -> None:
     assert restored.to_bytes() == before
 
 
-def test_no_two_secrets_are_shared_by_polynomials_that_have_anything_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+def opened(played: Round) -> dict[int, list[dict[int, int]]]:
+    """All prepare: by dealer, its shares of the seed and of the mask secret, at the points of those that open them."""
+    replies: dict[int, PrepareReply] = {}
+
+    def seen(step: str, index: int, data: bytes) -> bytes:
+        if step == "prepare reply":
+            replies[index] = from_bytes(PrepareReply, data)
+        return data
+
+    played.meddle = seen
+    played.prepare()
+    states = played.cohort.federation.devices
+    roles = [SecAggClient.from_bytes(state.round, bytes(32)) for state in states]
+    found: dict[int, list[dict[int, int]]] = {dealer: [{}, {}] for dealer in replies}
+    for dealer, reply in replies.items():
+        for holder, record in zip(played.terms.neighbours(dealer), records_of(reply.deliveries), strict=True):
+            ends = (part for i in (dealer, holder) for part in (i, descriptor_digest(states[i].descriptor)))
+            info = box_info(*ends, played.terms.digest)
+            pair = open_sealed(record[:BOX_BYTES], roles[holder].own.prekey_private, info)
+            found[dealer][0][holder + 1] = int.from_bytes(pair[:SHARE_BYTES], "big")
+            found[dealer][1][holder + 1] = int.from_bytes(pair[SHARE_BYTES:], "big")
+    return found
+
+
+def polynomial_through(points: dict[int, int]) -> list[int]:
+    """Its coefficients, lowest power first: Lagrange's interpolation."""
+    found = [0] * len(points)
+    for x, y in points.items():
+        basis, scale = [1], 1
+        for other in points.keys() - {x}:
+            basis = [lower - other * same for lower, same in zip([0, *basis], [*basis, 0], strict=True)]
+            scale = scale * (x - other) % PRIME
+        weight = y * pow(scale, -1, PRIME)
+        found = [(value + weight * each) % PRIME for value, each in zip(found, basis, strict=True)]
+    return found
+
+
+def test_no_two_secrets_are_shared_by_polynomials_that_have_a_coefficient_in_common() -> None:
     """One holder of two secrets' shares would learn their difference, or with a known polynomial the secret itself."""
-    shared: list[dict[int, int]] = []
-
-    def recorded(secret: bytes, threshold: int, xs: Sequence[int], random_bytes: RandomBytes) -> list[bytes]:
-        shares = split(secret, threshold, xs, random_bytes)
-        shared.append({x: int.from_bytes(share, "big") for x, share in zip(xs, shares, strict=True)})
-        return shares
-
-    monkeypatch.setattr(client_module, "split", recorded)
-    cohort = Cohort(DEVICES)
-    for number in (1, 2):
-        cohort.round(number=number).prepare()
-    assert len(shared) == 2 * 2 * DEVICES
-    for one, other in combinations(shared, 2):
-        points = sorted(one.keys() & other.keys())
-        assert len({(one[x] - other[x]) % PRIME for x in points}) == len(points)
+    cohort, upper = Cohort(DEVICES), []
+    for number, attempt in ((1, 0), (1, 1), (2, 0)):
+        dealt = opened(cohort.round(number=number, attempt=attempt))
+        assert len(dealt) == DEVICES
+        for points in (kind for kinds in dealt.values() for kind in kinds):
+            coefficients = polynomial_through(points)
+            assert coefficients[THRESHOLD:] == [0] * (DEVICES - 1 - THRESHOLD)
+            upper += coefficients[1:THRESHOLD]
+    assert len(set(upper)) == len(upper) == 3 * DEVICES * 2 * (THRESHOLD - 1)
 
 
 def test_secrets_are_elements_of_the_field_whatever_the_source_of_randomness() -> None:

@@ -809,6 +809,15 @@ def test_asking_a_second_time_gets_what_the_first_has_left(
     assert told(hive, 3) == [4, 0, 4, 0] if left else [4, 0, 4]
 
 
+def test_where_no_memory_of_who_was_told_is_left_everything_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("propolis.server.directory._MOST_TOLD_BYTES", 0)
+    hive = Hive(5, attempts=1)
+    for change in range(3):
+        model = {"w": MODEL["w"] + change}
+        require_mean(hive.round(model=model), range(5), model=model)
+    assert told(hive, 1) == [4, 4, 4]
+
+
 def test_another_grid_tells_everything_again() -> None:
     """As after a restart of the server: what devices know already is no surprise to them."""
     hive = Hive(5)
