@@ -171,7 +171,7 @@ def test_later_rounds_have_the_grid_of_the_scale() -> None:
     width, grid = choose_grid(padded_size(30_000), 20, 4, 0.1)
     assert (how.width, how.levels) == (width, 7)
     assert how.step == pytest.approx(0.1 * grid)
-    assert how.clip == pytest.approx(27.0)
+    assert how.clip == pytest.approx(9 * DENSE.clip)
 
 
 def test_devices_that_are_too_much_alike_get_a_wider_ring() -> None:
