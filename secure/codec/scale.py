@@ -23,6 +23,8 @@ _HEADROOM = 4.0
 _SMALLEST, _LARGEST = 1e-12, 1e12
 # Bits of a first round, of whose updates only a range is known.
 COLD_START_BITS = 16
+# Another round has other devices: a peak is remembered, falls slowly, and something is to spare above it.
+_HELD_RMS, _HELD_CORRELATION, _SPARE = 0.95, 0.9, 1.1
 # By how much the correlation that was seen is exceeded.
 _CORRELATION_MARGIN = (1.5, 0.02)
 
@@ -36,7 +38,8 @@ class Scale:
     Attributes:
         range: largest magnitude of one coordinate that is made room for, where nothing is rotated.
         norm: mean L2 norm of a change; 0 before the first round.
-        rms: root mean square of a device's coordinates that travel; 0 before the first round.
+        rms: root mean square of a device's coordinates that travel, as it was at its latest peak; 0 before the
+            first round.
         correlation: between the coordinates of two devices, in [0, 1].
     """
 
@@ -50,7 +53,7 @@ class Scale:
         return Scale(
             range=within_twice(self.range, _HEADROOM * mean.largest),
             norm=within_twice(self.norm, mean.norm) if mean.norm > 0 else self.norm,
-            rms=within_twice(self.rms, mean.rms) if mean.rms > 0 else self.rms,
+            rms=within_twice(self.rms, max(mean.rms, _HELD_RMS * self.rms)) if mean.rms > 0 else self.rms,
             correlation=self._following_correlation(mean, encoding),
         )
 
@@ -60,7 +63,7 @@ class Scale:
             return self.correlation
         if self.rms <= 0:  # nothing was seen before
             return seen
-        return min(max(seen, self.correlation / 2), 2 * self.correlation + _CORRELATION_MARGIN[1], 1.0)
+        return min(max(seen, _HELD_CORRELATION * self.correlation), 2 * self.correlation + _CORRELATION_MARGIN[1], 1.0)
 
     def metrics(self) -> dict[str, float]:
         """As metrics of a round, so that a run can be resumed."""
@@ -106,7 +109,8 @@ def scaled(encoding: Encoding, profile: Profile, scale: Scale, devices: int, sha
     count = expected_size(encoding, shapes)
     width, grid = choose_grid(count, devices, profile.width, scale.correlation, profile.wraps)
     clip = min(profile.clip * scale.norm, LARGEST_NORM)
-    return replace(encoding, width=width, step=scale.rms * grid, levels=2 ** (width - 1) - 1, clip=clip)
+    step = _SPARE * scale.rms * grid
+    return replace(encoding, width=width, step=step, levels=2 ** (width - 1) - 1, clip=clip)
 
 
 def expected_size(encoding: Encoding, shapes: Shapes) -> int:

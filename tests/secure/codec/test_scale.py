@@ -74,7 +74,8 @@ def test_a_scale_moves_by_a_factor_of_two_at_most(before: float, seen: float) ->
 def test_each_number_follows_the_mean_and_no_further_than_twice(seen: float, factor: float) -> None:
     scale = Scale(range=3.0, norm=5.0, rms=0.7)
     after = scale.following(mean(largest=seen, norm=seen, rms=seen), PLAIN)
-    assert (after.range, after.norm, after.rms) == (3.0 * factor, 5.0 * factor, 0.7 * factor)
+    assert (after.range, after.norm) == (3.0 * factor, 5.0 * factor)
+    assert after.rms == 0.7 * max(factor, 0.95)  # a peak falls slowly
 
 
 def test_a_first_round_is_believed() -> None:
@@ -122,7 +123,7 @@ def test_where_nothing_can_be_told_the_correlation_stays(alive: int, rms: float)
 def test_one_noisy_sum_moves_the_correlation_by_a_factor_of_two() -> None:
     before = Scale(1.0, 1.0, 0.1, 0.1)
     assert before.following(mean(alive=5, rms=0.1, sum_rms=1e9), PLAIN).correlation == pytest.approx(0.22)
-    assert before.following(mean(alive=5, rms=0.1, sum_rms=0.0), PLAIN).correlation == pytest.approx(0.05)
+    assert before.following(mean(alive=5, rms=0.1, sum_rms=0.0), PLAIN).correlation == pytest.approx(0.09)
     assert Scale(1.0).following(mean(alive=5, rms=0.1, sum_rms=1e9), PLAIN).correlation == 1.0
 
 
@@ -170,7 +171,7 @@ def test_later_rounds_have_the_grid_of_the_scale() -> None:
     how = encoding_of(DENSE, scale, 20)
     width, grid = choose_grid(padded_size(30_000), 20, 4, 0.1)
     assert (how.width, how.levels) == (width, 7)
-    assert how.step == pytest.approx(0.1 * grid)
+    assert how.step == pytest.approx(1.1 * 0.1 * grid)
     assert how.clip == pytest.approx(9 * DENSE.clip)
 
 
