@@ -72,8 +72,7 @@ def broadcast_in(content: RecordDict) -> bytes:
 
 def with_model(content: RecordDict, model: Mapping[str, NDArray[Any]]) -> RecordDict:
     """The content with other arrays in its only ArrayRecord; all else are the same objects in the same order."""
-    arrays = ArrayRecord({name: Array(np.asarray(array)) for name, array in model.items()})
-    return RecordDict({name: arrays if isinstance(record, ArrayRecord) else record for name, record in content.items()})
+    return _with_arrays(content, {name: Array(np.asarray(array)) for name, array in model.items()})
 
 
 def with_model_elsewhere(content: RecordDict, names: Collection[str]) -> RecordDict:
@@ -83,9 +82,7 @@ def with_model_elsewhere(content: RecordDict, names: Collection[str]) -> RecordD
         name: Array("float32", array.shape, _ELSEWHERE, b"") if name in names else array
         for name, array in record.items()
     }
-    return RecordDict(
-        {name: ArrayRecord(arrays) if isinstance(each, ArrayRecord) else each for name, each in content.items()}
-    )
+    return _with_arrays(content, arrays)
 
 
 def sizes_elsewhere(content: RecordDict) -> tuple[int, ...]:
@@ -112,10 +109,13 @@ def fill_model(content: RecordDict, values: NDArray[np.float32]) -> RecordDict:
         if record[name].stype == _ELSEWHERE:
             end = start + prod(record[name].shape)
             filled[name], start = Array(values[start:end].reshape(record[name].shape)), end
-    arrays = {name: filled.get(name, array) for name, array in record.items()}
-    return RecordDict(
-        {name: ArrayRecord(arrays) if isinstance(each, ArrayRecord) else each for name, each in content.items()}
-    )
+    return _with_arrays(content, {name: filled.get(name, array) for name, array in record.items()})
+
+
+def _with_arrays(content: RecordDict, arrays: dict[str, Array]) -> RecordDict:
+    """The content with these arrays in place of its only ArrayRecord's."""
+    record = ArrayRecord(arrays)
+    return RecordDict({name: record if isinstance(each, ArrayRecord) else each for name, each in content.items()})
 
 
 def without_record(content: RecordDict) -> RecordDict:
