@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from propolis.flower import is_made_up
 from propolis.messages import RECORD, open_record, protocol_record, refusal_of
 from propolis.secure.errors import PeerError, Refusal
 from propolis.secure.secagg.states import Exchange
 from propolis.server.exchange import exchange
-from propolis.server.flower import is_made_up
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from itertools import islice
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from propolis.flower import Run, wire_size
 from propolis.secure.errors import CancelledError
-from propolis.server.flower import Run, wire_size
 
 # Replies are pulled for this many ids at a time, so that a consumer who folds them holds few at once.
 PULL_BATCH = 16

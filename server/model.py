@@ -16,8 +16,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
+from propolis.flower import with_content
 from propolis.secure.errors import UsageError
-from propolis.server.flower import with_content
 from propolis.task import frozen_names
 
 ARRAYS_KEY = "arrays"

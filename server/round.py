@@ -13,10 +13,10 @@ from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from propolis.flower import AppExitException, is_made_up
 from propolis.secure.errors import PropolisError, TooFewPeersError
 from propolis.server.batch import Outcome
 from propolis.server.exchange import Snapshot
-from propolis.server.flower import AppExitException, is_made_up
 from propolis.server.grid import SecureGrid
 from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY, GlobalModel, average, split_replies
 

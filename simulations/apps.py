@@ -153,7 +153,7 @@ def main(grid: Grid, context: Context) -> None:
     In the run's configuration, ``out`` names a folder for the results, and ``federation`` the one with the roster
     of real devices; without it, a protected run makes a federation for simulated ones.
     """
-    from propolis.simulations.report import LogReport, write_results
+    from propolis.server.report import LogReport, write_results
 
     settings = load_settings(overrides=_known(context))
     task, data = load_data(settings.task, settings.data)

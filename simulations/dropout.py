@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from propolis.flower import set_message_id, unavailable_reply
 from propolis.messages import RECORD, open_record
 from propolis.secure.secagg.states import Exchange
 from propolis.server.checkpoint import RunState
 from propolis.server.exchange import GridWrapper
-from propolis.server.flower import set_message_id, unavailable_reply
 from propolis.settings import Settings
 
 

@@ -19,8 +19,7 @@ from flwr.app.user_config import UserConfigValue
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from propolis.server.exchange import exchange
-from propolis.server.flower import (
+from propolis.flower import (
     Run,
     failed_reply,
     make_run,
@@ -31,6 +30,7 @@ from propolis.server.flower import (
     set_message_id,
     unavailable_reply,
 )
+from propolis.server.exchange import exchange
 
 LoadApp = Callable[[], ClientApp]
 

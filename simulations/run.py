@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from propolis.client.train import choose_device
+from propolis.flower import quiet_flower
 from propolis.secure.errors import CancelledError, StorageError, UsageError
 from propolis.server.app import (
     MAY_CHANGE_ON_RESUME,
@@ -27,7 +28,16 @@ from propolis.server.app import (
     run_digest,
 )
 from propolis.server.checkpoint import RunState, load_checkpoint
-from propolis.server.flower import quiet_flower
+from propolis.server.report import (
+    CONFIG,
+    CURVES,
+    MODEL,
+    RESULT,
+    Failure,
+    TerminalReport,
+    write_config,
+    write_results,
+)
 from propolis.settings import Settings, load_settings
 from propolis.simulations.apps import client_app, largest_device, load_data
 from propolis.simulations.dropout import DropoutGrid, steps_of
@@ -40,16 +50,6 @@ from propolis.simulations.federation import (
 )
 from propolis.simulations.local import LocalGrid
 from propolis.simulations.ray import require_ray, run_on_ray
-from propolis.simulations.report import (
-    CONFIG,
-    CURVES,
-    MODEL,
-    RESULT,
-    Failure,
-    TerminalReport,
-    write_config,
-    write_results,
-)
 from propolis.task import Task
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -15,13 +15,13 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from propolis.client.state import DeviceStore, MemoryStore
 from propolis.client.update import SecureMod
+from propolis.flower import message_to_bytes, set_message_id, unavailable_reply, with_content
 from propolis.messages import RECORD, open_record, protocol_record
 from propolis.secure.codec.profiles import PROFILES
 from propolis.secure.codec.quantize import wrap_free
 from propolis.secure.secagg.policy import Policy
 from propolis.server.batch import Outcome
 from propolis.server.exchange import GridWrapper
-from propolis.server.flower import message_to_bytes, set_message_id, unavailable_reply, with_content
 from propolis.server.grid import SecureGrid
 from propolis.server.planner import Protection
 from propolis.simulations.federation import SIMULATED, Federation, make_federation

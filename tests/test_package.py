@@ -19,6 +19,7 @@ ROOMS = ("client", "protos", "secure", "server", "simulations")
 def tracked_sources() -> set[str]:
     """What the wheel must hold: every source of the rooms and of src/propolis, by its installed path."""
     expected = {f"propolis/{p.name}" for p in (ROOT / "src/propolis").glob("*.py")} | {"propolis/py.typed"}
+    expected |= {f"propolis/link/{p.name}" for p in (ROOT / "src/propolis/link").glob("*.py")}
     for room in ROOMS:
         expected |= {
             f"propolis/{p.relative_to(ROOT).as_posix()}"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from propolis.secure.errors import PropolisError, UsageError
+from propolis.server.report import RESULT
 from propolis.simulations.bench.process import time_module
-from propolis.simulations.report import RESULT
 
 # Unprotected FedAvg, which sends every value as a float32: what the codecs are compared with.
 REFERENCE = "reference"

@@ -15,13 +15,13 @@ import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from propolis.flower import quiet_flower, wire_size
 from propolis.messages import broadcast_in, open_record
 from propolis.secure.graph import sharing
 from propolis.secure.secagg.messages import UploadReply, from_bytes
 from propolis.secure.secagg.states import Exchange
 from propolis.server.app import FederatedRun, Members
 from propolis.server.exchange import GridWrapper
-from propolis.server.flower import quiet_flower, wire_size
 from propolis.settings import Settings, load_settings
 from propolis.simulations.apps import client_app, largest_device, load_data
 from propolis.simulations.federation import DevicesInMemory, make_federation

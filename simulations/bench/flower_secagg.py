@@ -36,8 +36,7 @@ from flwr.server.workflow.constant import Key as WorkflowKey  # noqa: TID251 (th
 from flwr.server.workflow.secure_aggregation import secaggplus_workflow as peer  # noqa: TID251 (the peer)
 from flwr.serverapp import Grid
 
-from propolis.secure.errors import PropolisError, UsageError
-from propolis.server.flower import (
+from propolis.flower import (
     SERVER_NODE_ID,
     Run,
     make_run,
@@ -46,6 +45,7 @@ from propolis.server.flower import (
     quiet_flower,
     set_identity,
 )
+from propolis.secure.errors import PropolisError, UsageError
 
 _RUN_ID = 1
 # Node ids of 64 bits, as Flower's SuperLink gives them out: they are part of what a client uploads.

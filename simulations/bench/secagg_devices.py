@@ -20,6 +20,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
+from propolis.flower import message_to_bytes, set_identity
 from propolis.messages import RECORD, model_digest, model_in, protocol_record, shared_input_of
 from propolis.secure.codec.pipeline import Pipeline
 from propolis.secure.codec.update import Update, encode_update
@@ -28,7 +29,6 @@ from propolis.secure.identity import Signed, forget_signatures, trusted_roster
 from propolis.secure.secagg.device import Device, Upload
 from propolis.secure.secagg.plan import terms_of
 from propolis.secure.secagg.states import Exchange
-from propolis.server.flower import message_to_bytes, set_identity
 from propolis.simulations.federation import SIMULATED, make_federation
 
 # The one array of the model.

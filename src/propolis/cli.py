@@ -104,7 +104,7 @@ def simulate_command(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    from propolis.simulations.report import format_bytes
+    from propolis.server.report import format_bytes
 
     figures = [f"{name} {result[name]:.4f}" for name in ("accuracy", "loss") if result[name] is not None]
     typer.echo(

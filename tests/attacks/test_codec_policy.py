@@ -13,6 +13,7 @@ from flwr.app import Message, RecordDict
 from protocol import Cohort, Round, plain_encoding
 from secure_app import Arrays, Hive, Work, arrays_of, body_of, exchange_of, honest, outcome_of
 
+from propolis.flower import with_content
 from propolis.messages import RECORD, broadcast_in, protocol_record, refusal_of
 from propolis.secure.codec.encoding import Encoding
 from propolis.secure.codec.profiles import PROFILES, Profile
@@ -21,7 +22,6 @@ from propolis.secure.errors import Refusal, TooFewPeersError
 from propolis.secure.secagg.plan import Kind
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
-from propolis.server.flower import with_content
 
 SEED = b"s" * 32
 RNG = np.random.default_rng(0)

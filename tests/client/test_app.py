@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from harness import Blobs
 from propolis.client.app import Participant, make_client_app
 from propolis.client.train import LocalTrainer
+from propolis.flower import set_identity
 from propolis.secure.errors import UsageError
-from propolis.server.flower import set_identity
 from propolis.server.model import GlobalModel
 
 

@@ -19,6 +19,7 @@ from secure_app import Hive, metrics_of, outcome_of, require_mean
 
 from propolis.client.state import LOCK_FILE, STATE_FILE, DeviceStore, FileStore, MemoryStore
 from propolis.client.update import SecureMod
+from propolis.flower import set_identity
 from propolis.messages import RECORD, protocol_record, refusal_of
 from propolis.secure.errors import Refusal, StorageError, UsageError
 from propolis.secure.secagg.device import Device
@@ -26,7 +27,6 @@ from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.messages import HelloRequest, to_bytes
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
-from propolis.server.flower import set_identity
 from propolis.simulations.federation import Federation, make_federation
 
 

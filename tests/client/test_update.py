@@ -15,11 +15,11 @@ from secure_app import MODEL, Hive, Work, answer, arrays_of, honest, metrics_of,
 
 from propolis.client.state import policy_of
 from propolis.client.update import SecureMod, node_store, secure_mod
+from propolis.flower import set_identity
 from propolis.messages import RECORD, open_record, protocol_record, refusal_of
 from propolis.secure.errors import Refusal, StorageError, TooFewPeersError, UsageError
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
-from propolis.server.flower import set_identity
 from propolis.simulations.federation import SIMULATED
 
 PATIENT = "the patient's name"

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOS = sorted(path.stem for path in (ROOT / "protos").glob("*.proto"))
+WITH_SERVICES = {path.stem for path in (ROOT / "protos").glob("*.proto") if "\nservice " in path.read_text()}
+ENDINGS = ["_pb2.py", "_pb2.pyi", "_pb2_grpc.py"]
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +21,17 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [f"propolis/protos/{name}.proto" for name in PROTOS]
     command = [sys.executable, "-m", "grpc_tools.protoc", "-Ipropolis/protos=protos"]
     subprocess.run([*command, f"--python_out={out}", f"--pyi_out={out}", *sources], check=True, cwd=ROOT)
+    services = [f"propolis/protos/{name}.proto" for name in sorted(WITH_SERVICES)]
+    subprocess.run([*command, f"--grpc_python_out={out}", *services], check=True, cwd=ROOT)
     return out / "propolis" / "protos"
 
 
 @pytest.mark.parametrize("name", PROTOS)
-@pytest.mark.parametrize("ending", ["_pb2.py", "_pb2.pyi"])
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_generated_code_is_up_to_date(generated: Path, name: str, ending: str) -> None:
+    if ending == ENDINGS[2] and name not in WITH_SERVICES:
+        assert not (ROOT / "protos" / (name + ending)).exists()
+        return
     assert (ROOT / "protos" / (name + ending)).read_bytes() == (generated / (name + ending)).read_bytes()
 
 

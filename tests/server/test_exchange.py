@@ -8,9 +8,9 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from propolis.flower import message_from_bytes, message_to_bytes, serialized, set_message_id
 from propolis.secure.errors import CancelledError
 from propolis.server.exchange import MeteredGrid, Snapshot, exchange
-from propolis.server.flower import message_from_bytes, message_to_bytes, serialized, set_message_id
 from propolis.simulations.local import LocalGrid
 
 

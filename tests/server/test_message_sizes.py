@@ -9,9 +9,9 @@ import pytest
 from flwr.app import Message, RecordDict
 from secure_app import Hive, answer, arrays_of, body_of, exchange_of
 
+from propolis.flower import message_to_bytes, with_content
 from propolis.messages import RECORD
 from propolis.secure.secagg.messages import PrepareRequest, UploadReply, from_bytes
-from propolis.server.flower import message_to_bytes, with_content
 
 DEVICES, NEIGHBOURS = 20, 19
 # Of each device and round, per neighbour up and in all down.

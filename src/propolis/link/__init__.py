@@ -1,0 +1,1 @@
+"""What both ends of the gRPC link share: frames, transfers, certificates."""
