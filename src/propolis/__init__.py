@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from propolis.client.update import secure_mod
     from propolis.secure.errors import PropolisError, UsageError
     from propolis.server.grid import SecureGrid
+    from propolis.server.job import RunOptions
     from propolis.server.planner import Protection
     from propolis.server.roster import load_roster
     from propolis.settings import Settings
     from propolis.simulations.local import LocalGrid
-    from propolis.simulations.run import RunOptions, simulate
+    from propolis.simulations.run import simulate
     from propolis.task import DataSet, Examples, Task, load_task
 
 # Flower and Ray read these once, when they are imported: a federation reports to nobody unless asked to.
@@ -32,7 +33,7 @@ _HOME_OF = {
     "LocalGrid": "propolis.simulations.local",
     "PropolisError": "propolis.secure.errors",
     "Protection": "propolis.server.planner",
-    "RunOptions": "propolis.simulations.run",
+    "RunOptions": "propolis.server.job",
     "SecureGrid": "propolis.server.grid",
     "Settings": "propolis.settings",
     "Task": "propolis.task",

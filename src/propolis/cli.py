@@ -92,7 +92,8 @@ def simulate_command(
 
     from rich.console import Console
 
-    from propolis.simulations.run import RunOptions, settings_to_resume, simulate
+    from propolis.server.job import RunOptions, settings_to_resume
+    from propolis.simulations.run import simulate
 
     console = None if as_json else Console()
     settings = settings or settings_to_resume(Path(resume or ""), flags)

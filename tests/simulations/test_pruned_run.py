@@ -13,8 +13,9 @@ from torch import nn
 from propolis.secure.errors import UsageError
 from propolis.server.app import FederatedRun
 from propolis.server.checkpoint import RunState
+from propolis.server.job import RunOptions, settings_to_resume
 from propolis.settings import Settings
-from propolis.simulations.run import RunOptions, settings_to_resume, simulate
+from propolis.simulations.run import simulate
 from propolis.simulations.tasks.digits import Digits
 
 WEIGHTS = 128 * 64 + 10 * 128
@@ -68,7 +69,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     settings = job(strategy=strategy, protection=protection, prune_end=3, momentum=0.9, lr=0.02)
     simulate(settings, RunOptions(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        patch.setattr("propolis.simulations.run.FederatedRun", StopAfter)
+        patch.setattr("propolis.server.job.FederatedRun", StopAfter)
         with pytest.raises(KeyboardInterrupt):
             simulate(settings, RunOptions(tmp_path / "cut"))
     simulate(settings_to_resume(tmp_path / "cut", {}), RunOptions(tmp_path / "cut", resume=True))

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 
 from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.server.app import FederatedRun
+from propolis.server.job import CHECKPOINT, RunOptions, settings_to_resume
 from propolis.settings import Settings, load_settings
-from propolis.simulations.run import CHECKPOINT, RunOptions, settings_to_resume, simulate
+from propolis.simulations.run import simulate
 
 RESULT_KEYS = {
     *("task", "clients", "rounds", "protection", "codec", "backend", "seed"),
@@ -84,7 +85,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     settings = job(strategy=strategy, dropout=0.3, fraction=0.8, evaluate_fraction=0.5)
     simulate(settings, RunOptions(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        patch.setattr("propolis.simulations.run.FederatedRun", StopAfter)
+        patch.setattr("propolis.server.job.FederatedRun", StopAfter)
         with pytest.raises(KeyboardInterrupt):
             simulate(settings, RunOptions(tmp_path / "cut"))
     kept = json.loads((tmp_path / "cut" / "result.json").read_text())

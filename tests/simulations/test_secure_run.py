@@ -19,12 +19,13 @@ from propolis.client.update import SecureMod
 from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.server.app import FederatedRun, Members
 from propolis.server.checkpoint import RunState
+from propolis.server.job import RunOptions, settings_to_resume
 from propolis.settings import CODECS, Settings
 from propolis.simulations.dropout import DropoutGrid, steps_of
 from propolis.simulations.federation import DevicesInMemory, make_federation
 from propolis.simulations.local import LocalGrid
 from propolis.simulations.partition import Partition
-from propolis.simulations.run import RunOptions, settings_to_resume, simulate
+from propolis.simulations.run import simulate
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     settings = job(rounds=4, clients=8, evaluate_fraction=1.0, **changes)
     simulate(settings, RunOptions(tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        patch.setattr("propolis.simulations.run.FederatedRun", StopAfter)
+        patch.setattr("propolis.server.job.FederatedRun", StopAfter)
         with pytest.raises(KeyboardInterrupt):
             simulate(settings, RunOptions(tmp_path / "cut"))
     assert len(result_of(tmp_path / "cut")["history"]) == 2
