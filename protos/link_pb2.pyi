@@ -67,18 +67,20 @@ class Frame(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., free: _Optional[_Union[Free, _Mapping]] = ..., farewell: _Optional[_Union[Farewell, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "process", "node_id", "clock", "have")
+    __slots__ = ("version", "process", "node_id", "clock", "server", "have")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     version: int
     process: bytes
     node_id: int
     clock: int
+    server: bytes
     have: _containers.RepeatedCompositeFieldContainer[Progress]
-    def __init__(self, version: _Optional[int] = ..., process: _Optional[bytes] = ..., node_id: _Optional[int] = ..., clock: _Optional[int] = ..., have: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., process: _Optional[bytes] = ..., node_id: _Optional[int] = ..., clock: _Optional[int] = ..., server: _Optional[bytes] = ..., have: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("version", "process", "beat_seconds", "largest_message", "run_id", "run_config", "have")
@@ -99,26 +101,28 @@ class Welcome(_message.Message):
     def __init__(self, version: _Optional[int] = ..., process: _Optional[bytes] = ..., beat_seconds: _Optional[int] = ..., largest_message: _Optional[int] = ..., run_id: _Optional[int] = ..., run_config: _Optional[bytes] = ..., have: _Optional[_Iterable[_Union[Progress, _Mapping]]] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("id", "bytes", "whole")
+    __slots__ = ("id", "size", "whole")
     ID_FIELD_NUMBER: _ClassVar[int]
-    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     id: bytes
-    bytes: int
+    size: int
     whole: bool
-    def __init__(self, id: _Optional[bytes] = ..., bytes: _Optional[int] = ..., whole: bool = ...) -> None: ...
+    def __init__(self, id: _Optional[bytes] = ..., size: _Optional[int] = ..., whole: bool = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("id", "header", "parts", "offset")
+    __slots__ = ("id", "header", "parts", "offset", "data")
     ID_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     header: int
     parts: _containers.RepeatedScalarFieldContainer[int]
     offset: int
-    def __init__(self, id: _Optional[bytes] = ..., header: _Optional[int] = ..., parts: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ...) -> None: ...
+    data: bytes
+    def __init__(self, id: _Optional[bytes] = ..., header: _Optional[int] = ..., parts: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("data",)
@@ -156,7 +160,6 @@ class Farewell(_message.Message):
         RUN_OVER: _ClassVar[Farewell.Reason]
         SHUTDOWN: _ClassVar[Farewell.Reason]
         REPLACED: _ClassVar[Farewell.Reason]
-        REVOKED: _ClassVar[Farewell.Reason]
         IDENTITY: _ClassVar[Farewell.Reason]
         CLOCK: _ClassVar[Farewell.Reason]
         PROTOCOL: _ClassVar[Farewell.Reason]
@@ -167,7 +170,6 @@ class Farewell(_message.Message):
     RUN_OVER: Farewell.Reason
     SHUTDOWN: Farewell.Reason
     REPLACED: Farewell.Reason
-    REVOKED: Farewell.Reason
     IDENTITY: Farewell.Reason
     CLOCK: Farewell.Reason
     PROTOCOL: Farewell.Reason

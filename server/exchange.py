@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -16,6 +17,14 @@ from propolis.secure.errors import CancelledError
 # Replies are pulled for this many ids at a time, so that a consumer who folds them holds few at once.
 PULL_BATCH = 16
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.2
+
+
+@runtime_checkable
+class WakingGrid(Protocol):
+    """A grid that knows when a reply has come."""
+
+    def wait_for_reply(self, timeout: float) -> None:
+        """Return when a reply may have come since the last call, after `timeout` seconds at most."""
 
 
 def exchange(
@@ -50,10 +59,17 @@ def exchange(
         if time.monotonic() >= deadline:
             return
         if len(waiting) == before:
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            _pause(grid, min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         else:
             pause = _FIRST_PAUSE_S
+
+
+def _pause(grid: Grid, seconds: float) -> None:
+    if isinstance(grid, WakingGrid):
+        grid.wait_for_reply(seconds)
+    else:
+        time.sleep(seconds)
 
 
 def _pull(grid: Grid, ids: list[str], deadline: float, cancelled: threading.Event | None) -> Iterator[Message]:
@@ -107,6 +123,10 @@ class GridWrapper(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """See `Grid.pull_messages`."""
         return self.inner.pull_messages(message_ids=message_ids)
+
+    def wait_for_reply(self, timeout: float) -> None:
+        """See `WakingGrid`; where the grid inside does not know, this sleeps."""
+        _pause(self.inner, timeout)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See `Grid.send_and_receive`; without a timeout it waits for every reply."""

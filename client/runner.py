@@ -1,0 +1,75 @@
+"""Runs a Flower ClientApp for the requests that come over the link, in a thread beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping
+
+from flwr.app import Context, RecordDict
+from flwr.app.user_config import UserConfigValue
+from flwr.clientapp import ClientApp
+
+from propolis.flower import failed_reply, join_message, part_content, part_metadata, set_identity, set_message_id
+from propolis.link.transfers import Body
+
+_log = logging.getLogger("propolis.client")
+
+
+class AppRunner:
+    """A loaded ClientApp with the context of the run.
+
+    Args:
+        app: any Flower ClientApp.
+        node_id: the device's.
+        node_config: set on the device; the server cannot change it.
+    """
+
+    def __init__(self, app: ClientApp, node_id: int, node_config: Mapping[str, UserConfigValue]) -> None:
+        self._app, self._node_id, self._node_config = app, node_id, dict(node_config)
+        self._context: Context | None = None
+
+    def run_is(self, run_id: int, run_config: Mapping[str, UserConfigValue]) -> None:
+        """The run that the next requests belong to; its context lasts as long as this process."""
+        set_identity(run_id, self._node_id)
+        if self._context is None or self._context.run_id != run_id:
+            self._context = Context(run_id, self._node_id, self._node_config, RecordDict(), dict(run_config))
+
+    def answer(self, header: bytes, parts: Iterable[bytes]) -> Body:
+        """The app's reply; what it raises stays in this device's log, but for the name of its type.
+
+        Raises:
+            ValueError: the request is no message, or not this device's.
+        """
+        message = join_message(header, parts)
+        if self._context is None or message.metadata.dst_node_id != self._node_id:
+            raise ValueError("the request is for another device")
+        try:
+            reply = self._app(message, self._context)
+        except BaseException as error:  # the user's own code, and it may call sys.exit
+            _log.exception("the app failed")
+            reply = failed_reply(message, f"the app raised {type(error).__name__}; the device's log says more")
+        set_message_id(reply, os.urandom(16).hex())
+        content = part_content(reply.content) if reply.has_content() else None
+        return Body(part_metadata(reply) + (content.header if content else b""), content.parts if content else ())
+
+
+class Worker:
+    """One thread that does one thing after another, so that the stream's own thread is always there to answer.
+
+    It does not keep the process alive: Python cannot end a thread, and the app may be in the middle of training.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="propolis-app", daemon=True).start()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Do this after what was submitted before."""
+        self._tasks.put(task)
+
+    def _work(self) -> None:
+        while True:
+            self._tasks.get()()

@@ -1,0 +1,89 @@
+"""`LinkGrid`: Flower's Grid over the devices that are connected to this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from propolis.flower import Run, join_message, make_run, set_identity, set_message_id, unavailable_reply
+from propolis.server.courier import Request
+from propolis.server.exchange import exchange
+from propolis.server.post import Post
+
+
+class LinkGrid(Grid):
+    """The devices behind a link, as a Flower ServerApp sees them.
+
+    A reply becomes a Message when it is pulled; until then its arrays are where the link put them, which is a file
+    where they are large. So a consumer that folds replies as it pulls them holds one at a time.
+
+    Args:
+        post: what the link sends and receives.
+        wake: tells the link that there is something to send to these devices.
+        run_id: of the run that the messages belong to.
+    """
+
+    # A node's id is a digest of its descriptor, and the link lets nobody else answer for it.
+    binds_identities = True
+
+    def __init__(self, post: Post, wake: Callable[[Iterable[int]], None], run_id: int) -> None:
+        self._post, self._wake = post, wake
+        self._run = make_run(run_id)
+        set_identity(run_id)
+
+    def set_run(self, run: Run) -> None:
+        """See `Grid.set_run`."""
+        self._run = run
+        set_identity(run.run_id)
+
+    @property
+    def run(self) -> Run:
+        """See `Grid.run`."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See `Grid.create_message`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The devices that are connected and free: one that owes an answer after its time is not asked again."""
+        return self._post.node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See `Grid.push_messages`; a device that is not connected gets its message when it is, in its time to live."""
+        outgoing = list(messages)
+        ids = self._post.push(outgoing)
+        self._wake({message.metadata.dst_node_id for message in outgoing})
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """The replies that have come whole, each read when it is asked for; an error where none will come."""
+        for message_id in message_ids:
+            if (request := self._post.take(message_id)) is not None:
+                yield _message_of(request)
+
+    def wait_for_reply(self, timeout: float) -> None:
+        """Return when a reply may have come since the last call, after `timeout` seconds at most."""
+        self._post.wait(timeout)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See `Grid.send_and_receive`."""
+        return list(exchange(self, messages, timeout=float("inf") if timeout is None else timeout))
+
+
+def _message_of(request: Request) -> Message:
+    """The reply to an ended request."""
+    if request.failure is not None or request.reply is None:
+        return unavailable_reply(request.message, request.failure or "no reply")
+    try:
+        reply = join_message(request.reply.header(), request.reply.parts(), request.message)
+    except ValueError as error:
+        return unavailable_reply(request.message, f"the device's reply is broken: {error}")
+    finally:
+        request.drop_reply()
+    set_message_id(reply, request.id[::-1].hex())
+    return reply

@@ -1,0 +1,132 @@
+"""All the requests of a run: who is connected, what waits for whom, and which replies are there to be pulled."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from flwr.app import Message, RecordDict
+
+from propolis.flower import Parted, part_content, part_metadata, set_message_id
+from propolis.link.frames import ID_BYTES, PROCESS_BYTES, Frame, Hello, Progress
+from propolis.link.spool import Spools
+from propolis.link.transfers import Body
+from propolis.server.courier import Courier, Request
+
+# A reply that nobody has pulled for so long after its time is forgotten.
+_UNPULLED_S = 60.0
+
+
+class Post:
+    """The link's state, shared by the run's thread, which pushes and pulls, and the link's, which sends and receives.
+
+    Args:
+        limit: bytes that a reply may have.
+        spools: where replies wait.
+    """
+
+    def __init__(self, limit: int, spools: Spools) -> None:
+        self.process = os.urandom(PROCESS_BYTES)
+        self._limit, self._spools = limit, spools
+        self._couriers: dict[int, Courier] = {}
+        self._connected: set[int] = set()
+        self._requests: dict[str, Request] = {}
+        self._changed = threading.Condition()
+        self._arrivals = self._seen = 0
+
+    def node_ids(self) -> list[int]:
+        """The devices that are connected and not busy with something that nobody waits for."""
+        with self._changed:
+            return sorted(node_id for node_id in self._connected if self._couriers[node_id].is_free)
+
+    def push(self, messages: Iterable[Message]) -> list[str]:
+        """Give each message an id and send it, now or when its device is there; its time to live starts now."""
+        now, ids = time.monotonic(), []
+        last: RecordDict | None = None
+        content = Parted(b"", ())
+        with self._changed:
+            for message in messages:
+                message_id = os.urandom(ID_BYTES)
+                set_message_id(message, message_id.hex())
+                if message.has_content() and message.content is not last:  # a strategy sends one model to many
+                    last, content = message.content, part_content(message.content)
+                body = Body(part_metadata(message) + content.header, content.parts)
+                request = Request(message_id, message, body, now + message.metadata.ttl)
+                self._requests[message_id.hex()] = request
+                self._courier(request.node_id).submit(request)
+                ids.append(message_id.hex())
+        return ids
+
+    def take(self, message_id: str) -> Request | None:
+        """An ended request, each once: see `Request.is_answered`. None: it still waits, or was taken."""
+        with self._changed:
+            request = self._requests.get(message_id)
+            if request is None or not request.is_answered:
+                return None
+            return self._requests.pop(message_id)
+
+    def wait(self, timeout: float) -> None:
+        """Wait until something has come since the last wait ended, at most `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrivals != self._seen, timeout)
+            self._seen = self._arrivals
+
+    def wait_for_nodes(self, count: int, deadline: float, stop: Callable[[], bool]) -> int:
+        """Wait until so many devices are connected, the monotonic clock shows `deadline`, or `stop`; their number."""
+        while len(found := self.node_ids()) < count and time.monotonic() < deadline and not stop():
+            with self._changed:
+                self._changed.wait(min(0.2, max(0.0, deadline - time.monotonic())))
+        return len(found)
+
+    def connected(self, node_id: int, hello: Hello) -> tuple[Progress, ...]:
+        """A device's stream begins; see `Courier.connected`."""
+        with self._changed:
+            self._connected.add(node_id)
+            have = self._courier(node_id).connected(hello, self.process)
+            self._notify()
+            return have
+
+    def disconnected(self, node_id: int) -> None:
+        """A device has no stream any more; what is on its way to it waits."""
+        with self._changed:
+            self._connected.discard(node_id)
+
+    def next_frame(self, node_id: int) -> Frame | None:
+        """See `Courier.next_frame`."""
+        with self._changed:
+            return self._couriers[node_id].next_frame()
+
+    def receive(self, node_id: int, frame: Frame) -> None:
+        """See `Courier.receive`."""
+        with self._changed:
+            courier = self._couriers[node_id]
+            was_free = courier.is_free
+            if courier.receive(frame) is not None or courier.is_free is not was_free:
+                self._notify()
+
+    def expire(self) -> set[int]:
+        """End the requests whose time is over; the devices that must be told."""
+        now, told = time.monotonic(), set()
+        with self._changed:
+            for message_id, request in list(self._requests.items()):
+                if request.expires + _UNPULLED_S <= now:
+                    request.drop_reply()
+                    del self._requests[message_id]
+                if request.expires <= now and not request.is_answered:
+                    request.failure = "the device did not answer in time"
+                    self._courier(request.node_id).cancel(request)
+                    told.add(request.node_id)
+            if told:
+                self._notify()
+        return told
+
+    def _courier(self, node_id: int) -> Courier:
+        if node_id not in self._couriers:
+            self._couriers[node_id] = Courier(self._limit, self._spools)
+        return self._couriers[node_id]
+
+    def _notify(self) -> None:
+        self._arrivals += 1
+        self._changed.notify_all()

@@ -1,0 +1,36 @@
+"""How gRPC is set up at both ends of the link."""
+
+from __future__ import annotations
+
+from propolis.link.frames import LARGEST_FRAME
+
+_PING_S, _PING_TIMEOUT_S, _HANDSHAKE_S = 30, 20, 10
+
+# A frame and what protobuf puts around it; longer messages are refused before memory is taken.
+_COMMON = [
+    ("grpc.max_receive_message_length", LARGEST_FRAME),
+    ("grpc.max_send_message_length", LARGEST_FRAME),
+    # It grows the buffers of every connection to four times what a thousand idle devices may cost.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.keepalive_time_ms", _PING_S * 1000),
+    ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_S * 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.optimization_target", "throughput"),
+]
+
+SERVICE, METHOD = "propolis.link.v1.Link", "Connect"
+METHOD_PATH = f"/{SERVICE}/{METHOD}"
+
+SERVER_OPTIONS = [
+    *_COMMON,
+    ("grpc.so_reuseport", 0),  # a port in use is an error
+    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
+    ("grpc.http2.min_ping_interval_without_data_ms", _PING_S * 1000 // 2),
+    ("grpc.max_concurrent_streams", 8),  # a device needs one, and one that takes its place
+]
+
+DEVICE_OPTIONS = [
+    *_COMMON,
+    ("grpc.use_local_subchannel_pool", 1),  # devices of one process have a connection each
+    ("grpc.keepalive_permit_without_calls", 1),
+]
