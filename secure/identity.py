@@ -336,6 +336,11 @@ def require_contributory(public_key: bytes, owner: int) -> None:
         raise TrustError(Refusal.KEYS, f"a key of device {owner} is of low order or not canonical", owner)
 
 
+def node_id_of(digest: bytes) -> int:
+    """The number that a device has on a link that knows its descriptor: 63 bits of `descriptor_digest`."""
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def descriptor_digest(signed: Signed) -> bytes:
     """32 bytes that stand for this very descriptor."""
     return labels.digest(labels.DESCRIPTOR, signed.payload)

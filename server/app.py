@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,12 +48,16 @@ class Members:
     Attributes:
         roster: the federation's devices, verified.
         max_weight: largest number of examples that one of them may have; public.
+        newest: the roster as it is now, where it may change during the run.
+        journal: see `SecureGrid`.
         seed: of the codec's public randomness, in a simulation that is to be repeated; None: new every round.
     """
 
     roster: TrustedRoster
     max_weight: float
     seed: int | None = None
+    newest: Callable[[], TrustedRoster] | None = None
+    journal: Path | None = None
 
 
 class Observer(Protocol):
@@ -182,6 +187,7 @@ class FederatedRun:
             protection_of(self._settings, self._members.max_weight, self._members.seed),
             exact=model.buffers,
             frozen=model.frozen,
+            journal=self._members.journal,
             cancelled=self._cancelled,
         )
         if self.state.history:
@@ -236,6 +242,7 @@ class FederatedRun:
         for attempt in range(self._settings.attempts):
             for observer in self._observers:
                 observer.round_started(number, attempt)
+            self._renew(grid)
             attempt_round = Round(
                 grid=grid,
                 strategy=self._strategy,
@@ -251,6 +258,11 @@ class FederatedRun:
             except TooFewPeersError as error:
                 self.retries.append(str(error))
         raise TooFewPeersError(f"{self.retries[-1]} (tried {self._settings.attempts} times)")
+
+    def _renew(self, grid: Grid) -> None:
+        """Go by the newest roster: who was revoked is out, who was invited is in."""
+        if isinstance(grid, SecureGrid) and self._members is not None and self._members.newest is not None:
+            grid.renew(self._members.newest())
 
     def _wait_for_devices(self, grid: Grid) -> tuple[int, ...]:
         deadline = time.monotonic() + self._settings.round_deadline

@@ -6,7 +6,14 @@ from collections.abc import Iterable
 from sys import getsizeof
 
 from propolis.secure.errors import Refusal, TrustError
-from propolis.secure.identity import Signed, TrustedRoster, descriptor_digest, require_presence, verify_prekey
+from propolis.secure.identity import (
+    Signed,
+    TrustedRoster,
+    descriptor_digest,
+    node_id_of,
+    require_presence,
+    verify_prekey,
+)
 from propolis.secure.secagg.messages import HelloReply, NeighbourKeys
 
 # Memory for who was told of whom. A device of the largest federation takes up to 140,000 bytes, one of a thousand
@@ -21,10 +28,11 @@ class Directory:
 
     Args:
         roster: the members.
+        bound: whether a node's id is that of its descriptor, see `node_id_of`, and nobody else can have it.
     """
 
-    def __init__(self, roster: TrustedRoster) -> None:
-        self._roster = roster
+    def __init__(self, roster: TrustedRoster, *, bound: bool = False) -> None:
+        self._roster, self._bound = roster, bound
         self._index: dict[int, int] = {}
         self._keys: dict[int, NeighbourKeys] = {}
         self._descriptors: dict[int, bytes] = {}
@@ -33,6 +41,11 @@ class Directory:
         # By device, told last at the end: a bitmap of the roster, as long as the highest index that it was told of.
         self._told_of: dict[int, int] = {}
         self._told_bytes = 0
+
+    def renew(self, roster: TrustedRoster) -> None:
+        """Go by a newer roster: every node must say hello again, which also tells it of the roster."""
+        self._roster = roster
+        self._keys.clear()
 
     def strangers(self, node_ids: Iterable[int]) -> list[int]:
         """The nodes that must say hello before they can take part in a round."""
@@ -50,6 +63,8 @@ class Directory:
         if descriptor.index in self._banned:
             raise TrustError(Refusal.IDENTITY, f"device {descriptor.index} has cheated in this run")
         digest = descriptor_digest(reply.descriptor)
+        if self._bound and node_id_of(digest) != node_id:
+            raise TrustError(Refusal.IDENTITY, f"who says to be device {descriptor.index} connects as another one")
         if self._descriptors.setdefault(descriptor.index, digest) != digest:
             raise TrustError(Refusal.IDENTITY, f"device {descriptor.index} comes with a second descriptor")
         self._take(node_id, NeighbourKeys(reply.descriptor, reply.prekey))

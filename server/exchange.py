@@ -97,6 +97,11 @@ class GridWrapper(Grid):
         self.inner = grid
         self._cancelled = cancelled
 
+    @property
+    def binds_identities(self) -> bool:
+        """Whether a node's id is a digest of its device's descriptor, and nobody else can answer for it."""
+        return bool(getattr(self.inner, "binds_identities", False))
+
     def set_run(self, run: Run) -> None:
         """See `Grid.set_run`."""
         self.inner.set_run(run)

@@ -91,9 +91,9 @@ class SecureGrid(GridWrapper):
         self._broadcaster = Broadcaster(protection.codec.broadcast) if protection.codec.broadcast else None
         self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         self._roster, self._protection = roster, protection
-        self._directory = Directory(roster)
+        self._directory = Directory(roster, bound=self.binds_identities)
         self._planner = Planner(roster, protection, self._weight_key, exact, frozen)
-        self._journal = Journal(journal, roster) if journal else None
+        self._journal = Journal(journal) if journal else None
         self._metric_names: dict[Kind, tuple[str, ...]] = {}  # what most devices sent last
         self._published: dict[tuple[Kind, bytes], list[frozenset[int]]] = {}
 
@@ -102,6 +102,13 @@ class SecureGrid(GridWrapper):
         self.scale = Scale.of_metrics(metrics)
         if self._broadcaster is not None:
             self._broadcaster.resume_from(state)
+
+    def renew(self, roster: TrustedRoster) -> None:
+        """Go by a newer roster from the next round on; an equal one changes nothing."""
+        if roster.number > self._roster.number:
+            self._roster = roster
+            self._directory.renew(roster)
+            self._planner.renew(roster)
 
     def adopted(self, model: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """A new model as its devices will have it: a run that begins with it has nothing to make up for."""
@@ -152,7 +159,7 @@ class SecureGrid(GridWrapper):
 
     def _round(self, batch: Batch) -> Message:
         channel = Channel(self.inner, batch.message_type, batch.messages[0].metadata.group_id, self._cancelled)
-        if self._journal and (recalled := self._journal.recall(batch)):
+        if self._journal and (recalled := self._journal.recall(batch, self._roster)):
             return self._published_mean(*recalled, channel)
         return self._published_mean(batch, self._collected(batch, channel), channel)
 

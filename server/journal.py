@@ -19,11 +19,10 @@ class Journal:
 
     Args:
         path: the file; it holds a masked sum and the shares that unmask it, so it says no more than the sum.
-        roster: that the round's devices are in.
     """
 
-    def __init__(self, path: Path, roster: TrustedRoster) -> None:
-        self._path, self._roster = path, roster
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._is_fresh = True
 
     def keep(self, batch: Batch, server: SecAggServer) -> None:
@@ -31,8 +30,12 @@ class Journal:
         self._is_fresh = False
         write_atomically(self._path, batch.asked + batch.shared_input + server.to_bytes(), mode=0o600)
 
-    def recall(self, batch: Batch) -> tuple[Batch, SecAggServer] | None:
+    def recall(self, batch: Batch, roster: TrustedRoster) -> tuple[Batch, SecAggServer] | None:
         """The round that was written down for the same batch before this process was started, if there is one.
+
+        Args:
+            batch: what is to be done.
+            roster: that the round's devices are in.
 
         Returns:
             The batch over the very content that its devices masked for, and the server's role.
@@ -45,7 +48,7 @@ class Journal:
         if asked != batch.asked:
             return None
         try:
-            server = SecAggServer.from_bytes(state, self._roster)
+            server = SecAggServer.from_bytes(state, roster)
         except StorageError:  # of another roster, or another version
             return None
         return (replace(batch, shared_input=shared_input), server) if server.terms.kind is batch.kind else None

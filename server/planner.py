@@ -98,6 +98,10 @@ class Planner:
         self._number, self._attempt = 0, 0
         self._seed = self._new_seed(0)
 
+    def renew(self, roster: TrustedRoster) -> None:
+        """Go by a newer roster."""
+        self._roster = roster
+
     def plan(self, batch: Batch, cohort: Collection[int], scale: Scale) -> Plan:
         """The plan of the next attempt.
 

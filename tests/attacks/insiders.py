@@ -24,13 +24,16 @@ from propolis.secure.identity import (
     prekey_context,
     sign,
 )
+from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.device_state import DeviceState
-from propolis.secure.secagg.messages import Head, NeighbourKeys, to_bytes
+from propolis.secure.secagg.messages import Head, HelloReply, HelloRequest, NeighbourKeys, from_bytes, to_bytes
+from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.preparation import head_context
 from propolis.secure.wire import decode
 from propolis.simulations.federation import Federation
 
 YEAR_S = 365 * 24 * 3600
+CHALLENGE = b"c" * 32
 
 
 @dataclass(frozen=True)
@@ -116,3 +119,9 @@ def upload_with(attempt: Round, index: int, forge: Callable[[Signed], Any]) -> b
 
 def others(attempt: Round, index: int) -> tuple[int, ...]:
     return attempt.terms.neighbours(index)
+
+
+def hello_of(founded: Founded, index: int) -> HelloReply:
+    """What a device answers to a server that asks who it is, by `CHALLENGE`."""
+    request = to_bytes(HelloRequest(founded.federation.roster, CHALLENGE))
+    return from_bytes(HelloReply, Device(founded.federation.devices[index], Policy(), 0.0).hello(request))

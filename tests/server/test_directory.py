@@ -6,25 +6,15 @@ from dataclasses import replace
 from sys import getsizeof
 
 import pytest
-from attacks.insiders import Founded, found, refuses
+from attacks.insiders import CHALLENGE, Founded, found, hello_of, refuses
 
 from propolis.secure.errors import Refusal
 from propolis.secure.identity import Invitation, Signed, describe, fingerprint
-from propolis.secure.secagg.device import Device
-from propolis.secure.secagg.messages import HelloReply, HelloRequest, from_bytes, to_bytes
-from propolis.secure.secagg.policy import Policy
 from propolis.server.directory import Directory
-
-CHALLENGE = b"c" * 32
 
 
 def directory_of(founded: Founded) -> Directory:
     return Directory(founded.federation.verified_roster)
-
-
-def hello_of(founded: Founded, index: int) -> HelloReply:
-    request = to_bytes(HelloRequest(founded.federation.roster, CHALLENGE))
-    return from_bytes(HelloReply, Device(founded.federation.devices[index], Policy(), 0.0).hello(request))
 
 
 def cloned(founded: Founded, index: int, victim: int) -> Signed:
