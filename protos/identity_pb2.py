@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epropolis/protos/identity.proto\x12\x14propolis.identity.v1\",\n\x06Signed\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"b\n\nInvitation\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\"g\n\nDescriptor\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x13\n\x0bsigning_key\x18\x04 \x01(\x0c\x12\x10\n\x08hpke_key\x18\x05 \x01(\x0c\"\xc1\x01\n\x06Roster\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x11\n\tnot_after\x18\x04 \x01(\x04\x12\x33\n\x07\x65ntries\x18\x05 \x03(\x0b\x32\".propolis.identity.v1.Roster.Entry\x1a:\n\x05\x45ntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x0f\n\x07revoked\x18\x03 \x01(\x08\",\n\x06Prekey\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1epropolis/protos/identity.proto\x12\x14propolis.identity.v1\",\n\x06Signed\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x8a\x01\n\nInvitation\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x11\n\tnot_after\x18\x06 \x01(\x04\x12\x13\n\x0broot_online\x18\x07 \x01(\x08\"g\n\nDescriptor\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x13\n\x0bsigning_key\x18\x04 \x01(\x0c\x12\x10\n\x08hpke_key\x18\x05 \x01(\x0c\"\xc1\x01\n\x06Roster\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x11\n\tnot_after\x18\x04 \x01(\x04\x12\x33\n\x07\x65ntries\x18\x05 \x03(\x0b\x32\".propolis.identity.v1.Roster.Entry\x1a:\n\x05\x45ntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x0f\n\x07revoked\x18\x03 \x01(\x08\",\n\x06Prekey\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SIGNED']._serialized_start=56
   _globals['_SIGNED']._serialized_end=100
-  _globals['_INVITATION']._serialized_start=102
-  _globals['_INVITATION']._serialized_end=200
-  _globals['_DESCRIPTOR']._serialized_start=202
-  _globals['_DESCRIPTOR']._serialized_end=305
-  _globals['_ROSTER']._serialized_start=308
-  _globals['_ROSTER']._serialized_end=501
-  _globals['_ROSTER_ENTRY']._serialized_start=443
-  _globals['_ROSTER_ENTRY']._serialized_end=501
-  _globals['_PREKEY']._serialized_start=503
-  _globals['_PREKEY']._serialized_end=547
+  _globals['_INVITATION']._serialized_start=103
+  _globals['_INVITATION']._serialized_end=241
+  _globals['_DESCRIPTOR']._serialized_start=243
+  _globals['_DESCRIPTOR']._serialized_end=346
+  _globals['_ROSTER']._serialized_start=349
+  _globals['_ROSTER']._serialized_end=542
+  _globals['_ROSTER_ENTRY']._serialized_start=484
+  _globals['_ROSTER_ENTRY']._serialized_end=542
+  _globals['_PREKEY']._serialized_start=544
+  _globals['_PREKEY']._serialized_end=588
 # @@protoc_insertion_point(module_scope)

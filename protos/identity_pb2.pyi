@@ -15,18 +15,22 @@ class Signed(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Invitation(_message.Message):
-    __slots__ = ("version", "federation", "index", "name", "public_key")
+    __slots__ = ("version", "federation", "index", "name", "public_key", "not_after", "root_online")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
+    ROOT_ONLINE_FIELD_NUMBER: _ClassVar[int]
     version: int
     federation: bytes
     index: int
     name: str
     public_key: bytes
-    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., public_key: _Optional[bytes] = ...) -> None: ...
+    not_after: int
+    root_online: bool
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., index: _Optional[int] = ..., name: _Optional[str] = ..., public_key: _Optional[bytes] = ..., not_after: _Optional[int] = ..., root_online: bool = ...) -> None: ...
 
 class Descriptor(_message.Message):
     __slots__ = ("version", "federation", "index", "signing_key", "hpke_key")

@@ -8,6 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Token(_message.Message):
+    __slots__ = ("version", "invitation", "private_key", "root_key", "authority")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    INVITATION_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_KEY_FIELD_NUMBER: _ClassVar[int]
+    ROOT_KEY_FIELD_NUMBER: _ClassVar[int]
+    AUTHORITY_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    invitation: _identity_pb2.Signed
+    private_key: bytes
+    root_key: bytes
+    authority: bytes
+    def __init__(self, version: _Optional[int] = ..., invitation: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., private_key: _Optional[bytes] = ..., root_key: _Optional[bytes] = ..., authority: _Optional[bytes] = ...) -> None: ...
+
 class AuthorityRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -19,18 +33,20 @@ class AuthorityReply(_message.Message):
     def __init__(self, certificate: _Optional[bytes] = ...) -> None: ...
 
 class EnrollRequest(_message.Message):
-    __slots__ = ("version", "invitation", "descriptor", "signing_request", "clock")
+    __slots__ = ("version", "invitation", "descriptor", "signing_request", "clock", "proof")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INVITATION_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     SIGNING_REQUEST_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     version: int
     invitation: _identity_pb2.Signed
     descriptor: _identity_pb2.Signed
     signing_request: bytes
     clock: int
-    def __init__(self, version: _Optional[int] = ..., invitation: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., signing_request: _Optional[bytes] = ..., clock: _Optional[int] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, version: _Optional[int] = ..., invitation: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., signing_request: _Optional[bytes] = ..., clock: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class EnrollReply(_message.Message):
     __slots__ = ("version", "certificate", "roster", "link_address")

@@ -43,13 +43,24 @@ class Signed:
 
 @dataclass(frozen=True, slots=True)
 class Invitation:
-    """A place in the federation, signed by the root."""
+    """A place in the federation, signed by the root.
+
+    Attributes:
+        not_after: seconds since 1970, the last moment to enrol; 0 is never.
+        root_online: the federation keeps its root key on the server.
+    """
 
     federation: bytes = sized(DIGEST_BYTES)
     index: int = between(0, LARGEST_INDEX)
     name: str = sized(1, _LONGEST_NAME)
     public_key: bytes = sized(KEY_BYTES)
     version: int = version_field()
+    not_after: int = between(0, 2**62, default=0)
+    root_online: bool = False
+
+    def expired(self, now: float) -> bool:
+        """Whether it is too late to enrol; `now` is in seconds since 1970."""
+        return 0 < self.not_after < now
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +112,10 @@ class Roster:
         revoked = replace(self.entries[index], revoked=True)
         entries = (*self.entries[:index], revoked, *self.entries[index + 1 :])
         return replace(self, number=self.number + 1, entries=entries)
+
+    def lasting(self, not_after: int) -> Roster:
+        """The next roster, valid until `not_after`, in seconds since 1970."""
+        return replace(self, number=self.number + 1, not_after=not_after)
 
 
 def sign(label: bytes, private_key: bytes, message: object, proto: type[Message], *context: bytes) -> Signed:
@@ -175,8 +190,16 @@ class Root:
         self.public_key = key.public
         self.federation = fingerprint(key.public)
 
-    def invite(self, roster: Roster, name: str) -> tuple[Roster, Signed, SigningKey]:
+    def invite(
+        self, roster: Roster, name: str, *, not_after: int = 0, root_online: bool = False
+    ) -> tuple[Roster, Signed, SigningKey]:
         """A new place: the next roster, the signed invitation, and the invitation's private key for its token.
+
+        Args:
+            roster: the last one.
+            name: the device's, for people.
+            not_after: seconds since 1970, the last moment to enrol; 0 is never.
+            root_online: whether this key is kept on the server, which the device is told.
 
         Raises:
             UsageError: the name is empty or too long.
@@ -184,7 +207,9 @@ class Root:
         if not 1 <= len(name) <= _LONGEST_NAME:
             raise UsageError(f"a device's name has 1 to {_LONGEST_NAME} characters, got {len(name)}")
         key = SigningKey.generate()
-        invitation = Invitation(self.federation, len(roster.entries), name, key.public)
+        invitation = Invitation(
+            self.federation, len(roster.entries), name, key.public, not_after=not_after, root_online=root_online
+        )
         signed = sign(labels.INVITATION, self._key.private, invitation, pb.Invitation)
         return roster.with_entry(RosterEntry(name, key.public)), signed, key
 
@@ -211,6 +236,15 @@ def describe(invitation: Invitation, invitation_key: SigningKey, signing_key: by
         raise UsageError("the key is not that of the invitation")
     descriptor = Descriptor(invitation.federation, invitation.index, signing_key, hpke_key)
     return sign(labels.DESCRIPTOR, invitation_key.private, descriptor, pb.Descriptor)
+
+
+def verify_descriptor(invitation: Invitation, signed: Signed) -> Descriptor:
+    """The descriptor that was made with this invitation; raises TrustError otherwise."""
+    key = invitation.public_key
+    descriptor = verify(labels.DESCRIPTOR, key, signed, Descriptor, pb.Descriptor, Refusal.IDENTITY)
+    if (descriptor.federation, descriptor.index) != (invitation.federation, invitation.index):
+        raise TrustError(Refusal.IDENTITY, "the descriptor is for another place than the invitation")
+    return descriptor
 
 
 def announce_prekey(signing_key: SigningKey, descriptor: Descriptor, number: int, public_key: bytes) -> Signed:

@@ -96,10 +96,19 @@ class Device:
             labels.ROUNDING, self.state.rounding_secret, plan.kind.to_bytes(8, "big"), plan.round.to_bytes(8, "big")
         )
 
+    def take_roster(self, signed: Signed) -> None:
+        """Take over a roster; raises TrustError when it is forged, expired, or older than the one at hand."""
+        offered = trusted_roster(self.state.root_key, signed)
+        offered.require_current(self._now)
+        known = self.state.roster and trusted_roster(self.state.root_key, self.state.roster)
+        if known and (offered.number < known.number or (offered.number == known.number and signed != known.signed)):
+            raise TrustError(Refusal.ROSTER, f"roster {offered.number} is older than {known.number}, or a second one")
+        self.state.roster = offered.signed  # one object for all the devices of a process
+
     def hello(self, request: bytes) -> bytes:
         """Take over the roster, and announce this device and a new prekey: the old one may have been given away."""
         asked = from_bytes(HelloRequest, request)
-        self._take_roster(asked.roster)
+        self.take_roster(asked.roster)
         self.state.prekey_number, self.state.prekey_private = self._next_number(), agreement_key()[0]
         prekey = self._prekey()
         proof = prove_presence(self.state.signing_key, self.state.own_descriptor, asked.challenge, prekey)
@@ -299,14 +308,6 @@ class Device:
     def _keep(self, client: SecAggClient, reply: object) -> bytes:
         self.state.round = client.to_bytes()
         return to_bytes(reply)
-
-    def _take_roster(self, signed: Signed) -> None:
-        offered = trusted_roster(self.state.root_key, signed)
-        offered.require_current(self._now)
-        known = self.state.roster and trusted_roster(self.state.root_key, self.state.roster)
-        if known and (offered.number < known.number or (offered.number == known.number and signed != known.signed)):
-            raise TrustError(Refusal.ROSTER, f"roster {offered.number} is older than {known.number}, or a second one")
-        self.state.roster = offered.signed  # one object for all the devices of a process
 
     def _roster(self) -> TrustedRoster:
         if self.state.roster is None:

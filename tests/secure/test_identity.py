@@ -29,6 +29,7 @@ from propolis.secure.identity import (
     sign,
     trusted_roster,
     verify,
+    verify_descriptor,
     verify_invitation,
     verify_prekey,
 )
@@ -270,3 +271,32 @@ def test_a_descriptor_says_what_was_described() -> None:
     _, hpke = agreement_key()
     signed = describe(ANN.invitation, ANN.invitation_key, ANN.signing_key.public, hpke)
     assert TRUSTED.descriptor(signed) == Descriptor(ROOT.federation, 0, ANN.signing_key.public, hpke)
+
+
+def test_an_invitation_says_when_it_ends_and_where_the_root_is() -> None:
+    _, signed, _ = ROOT.invite(ROSTER, "new", not_after=EXPIRY, root_online=True)
+    invitation = verify_invitation(ROOT.public_key, signed)
+    assert (invitation.not_after, invitation.root_online) == (EXPIRY, True)
+    assert [invitation.expired(now) for now in (0, EXPIRY, EXPIRY + 0.5)] == [False, False, True]
+
+
+def test_an_invitation_without_an_end_does_not_expire() -> None:
+    _, signed, _ = ROOT.invite(ROSTER, "new")
+    invitation = verify_invitation(ROOT.public_key, signed)
+    assert not invitation.root_online
+    assert not invitation.expired(2.0**62)
+
+
+def test_a_descriptor_is_its_invitations() -> None:
+    assert verify_descriptor(ANN.invitation, ANN.descriptor).index == ANN.invitation.index
+    for other in (BEN.invitation, replace(ANN.invitation, public_key=BEN.invitation.public_key)):
+        with distrust(Refusal.IDENTITY, "signature on a descriptor does not hold"):
+            verify_descriptor(other, ANN.descriptor)
+    for moved in (replace(ANN.invitation, index=7), replace(ANN.invitation, federation=bytes(32))):
+        with distrust(Refusal.IDENTITY, "for another place"):
+            verify_descriptor(moved, ANN.descriptor)
+
+
+def test_a_roster_that_lasts_longer_is_the_next_one() -> None:
+    longer = ROSTER.lasting(EXPIRY + 5)
+    assert (longer.number, longer.not_after, longer.entries) == (ROSTER.number + 1, EXPIRY + 5, ROSTER.entries)
