@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from propolis.client.seal import Seal, is_sealed
 from propolis.secure.codec.series import Version
 from propolis.secure.errors import StorageError, UsageError
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.policy import Policy
-from propolis.storage import write_atomically
+from propolis.storage import locked, write_atomically
 
 T = TypeVar("T")
 
 STATE_FILE, LOCK_FILE, MODEL_FILE = "device.state", "device.lock", "model.version"
 _log = logging.getLogger("propolis.client")
-
-_LOCK_DEADLINE_S, _LOCK_POLL_S = 30.0, 0.01
 
 # Keys of a Flower node's configuration, which is set on the device and which the server cannot change.
 FOLDER_KEY = "propolis-dir"
@@ -121,35 +117,37 @@ class FileStore:
     Args:
         folder: holds the file, which `FileStore.create` made.
         policy: what the device insists on.
+        seal: encrypts the file; None leaves it readable to who reads the disk.
     """
 
-    def __init__(self, folder: Path, policy: Policy) -> None:
+    def __init__(self, folder: Path, policy: Policy, seal: Seal | None = None) -> None:
         self._folder = folder
+        self._seal = seal
         self.policy = policy
 
     @staticmethod
-    def create(folder: Path, state: DeviceState) -> None:
+    def create(folder: Path, state: DeviceState, seal: Seal | None = None) -> None:
         """Write a new device's state; raises UsageError where there is one already."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
-        with _locked(folder / LOCK_FILE):
+        with locked(folder / LOCK_FILE):
             if (folder / STATE_FILE).exists():
                 raise UsageError(f"{folder} holds a device's state already")
-            write_atomically(folder / STATE_FILE, state.to_bytes(), mode=0o600)
+            _write(folder / STATE_FILE, state.to_bytes(), seal)
 
     def change(self, step: Callable[[Device], T]) -> T:
         """See `DeviceStore.change`."""
         path = self._folder / STATE_FILE
-        with _locked(self._folder / LOCK_FILE):
+        with locked(self._folder / LOCK_FILE):
             for file in (STATE_FILE, MODEL_FILE):
                 for stale in self._folder.glob(f".{file}.*"):  # of a write that a crash ended: it may hold old secrets
                     stale.unlink(missing_ok=True)
-            before = _read(path)
+            before = _read(path, self._seal)
             device = Device(DeviceState.from_bytes(before), self.policy, time.time())
             result = step(device)
             after = device.state.to_bytes()
             if after != before:
-                write_atomically(path, after, mode=0o600)
+                _write(path, after, self._seal)
             return result
 
     def recall_model(self) -> Version | None:
@@ -188,34 +186,17 @@ def policy_of(node_config: Mapping[str, Any]) -> Policy:
     return Policy(**values)
 
 
-def _read(path: Path) -> bytes:
+def _write(path: Path, state: bytes, seal: Seal | None) -> None:
+    write_atomically(path, state if seal is None else seal.close(state), mode=0o600)
+
+
+def _read(path: Path, seal: Seal | None) -> bytes:
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise StorageError(f"cannot read the device's state at {path}: {error.strerror}") from None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock among processes and threads; waiting for it ends."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(f"cannot lock {path}: {error.strerror}") from None
-    try:
-        deadline = time.monotonic() + _LOCK_DEADLINE_S
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise StorageError(f"another process has kept {path} locked for {_LOCK_DEADLINE_S:g} s")
-            time.sleep(_LOCK_POLL_S)
-        yield
-    finally:
-        os.close(descriptor)  # which also unlocks
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    if seal is not None:
+        return seal.open(data)
+    if is_sealed(data):
+        raise StorageError(f"the device's state at {path} is encrypted: give its passphrase")
+    return data

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from propolis.secure.errors import StorageError
+
+LOCK_DEADLINE_S, _LOCK_POLL_S = 30.0, 0.01
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -45,3 +51,29 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock among processes and threads; raises StorageError when another one holds it too long."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot lock {path}: {error.strerror}") from None
+    try:
+        deadline = time.monotonic() + LOCK_DEADLINE_S
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise StorageError(f"another process has kept {path} locked for {LOCK_DEADLINE_S:g} s")
+            time.sleep(_LOCK_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)  # which also unlocks
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from flwr.app import Context, Message, RecordDict
 from secure_app import Hive, metrics_of, outcome_of, require_mean
 
+from propolis.client.seal import Seal
 from propolis.client.state import LOCK_FILE, STATE_FILE, DeviceStore, FileStore, MemoryStore
 from propolis.client.update import SecureMod
 from propolis.flower import set_identity
@@ -222,7 +224,7 @@ def test_a_lock_that_is_held_too_long_is_an_error_and_not_a_wait(
     federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = on_disk(federation, tmp_path)
-    monkeypatch.setattr("propolis.client.state._LOCK_DEADLINE_S", 0.05)
+    monkeypatch.setattr("propolis.storage.LOCK_DEADLINE_S", 0.05)
     with (tmp_path / LOCK_FILE).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StorageError, match=r"locked for 0\.05 s"):
@@ -295,3 +297,73 @@ def test_a_device_that_loses_its_state_in_a_round_is_a_drop_out(tmp_path: Path) 
     reply = hive.round()
     assert outcome_of(reply).failures == ("upload: storage",)
     require_mean(reply, [0, 2, 3, 4])
+
+
+# Encrypted.
+
+
+@pytest.fixture(scope="module")
+def sealed_folder(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sealed")
+    FileStore.create(folder, federation.devices[0], Seal(b"open sesame"))
+    return folder
+
+
+def test_a_sealed_state_is_kept_from_step_to_step_and_shows_nothing(
+    federation: Federation, sealed_folder: Path
+) -> None:
+    for seal in (Seal(b"open sesame"), Seal(b"open sesame")):
+        store = FileStore(sealed_folder, Policy(), seal)
+        before = number(store)
+        assert [store.change(count), store.change(count)] == [before, before + 1]
+    kept = (sealed_folder / STATE_FILE).read_bytes()
+    for secret in (federation.devices[0].signing_key.private, federation.devices[0].descriptor.payload):
+        assert secret not in kept
+
+
+def test_sealing_the_same_twice_gives_other_bytes() -> None:
+    seal = Seal(b"open sesame")
+    assert seal.close(b"state") != seal.close(b"state")
+
+
+def test_the_key_is_derived_once(monkeypatch: pytest.MonkeyPatch, sealed_folder: Path) -> None:
+    derived = []
+    monkeypatch.setattr("propolis.client.seal.Scrypt", lambda **named: derived.append(named) or Scrypt(**named))
+    store = FileStore(sealed_folder, Policy(), Seal(b"open sesame"))
+    for _ in range(3):
+        store.change(count)
+    assert len(derived) == 1
+
+
+@pytest.mark.parametrize(
+    ("seal", "line"),
+    [
+        (Seal(b"open barley"), "cannot be opened: wrong passphrase, or damaged"),
+        (None, "is encrypted: give its passphr"),
+    ],
+)
+def test_without_its_passphrase_a_state_cannot_be_opened(sealed_folder: Path, seal: Seal | None, line: str) -> None:
+    with pytest.raises(StorageError, match=line):
+        FileStore(sealed_folder, Policy(), seal).change(count)
+
+
+def test_a_passphrase_does_not_open_what_is_not_sealed(federation: Federation, tmp_path: Path) -> None:
+    """Else who writes to the disk could put other keys in place of the sealed ones."""
+    on_disk(federation, tmp_path)
+    with pytest.raises(StorageError, match="is not encrypted, but there is a passphrase"):
+        FileStore(tmp_path, Policy(), Seal(b"open sesame")).change(count)
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 20, 31, 32, 43, 44, 60, -1])
+def test_a_flipped_bit_of_a_sealed_state_is_told(place: int) -> None:
+    sealed = bytearray(Seal(b"open sesame").close(bytes(range(64))))
+    sealed[place] ^= 1
+    with pytest.raises(StorageError, match=r"cannot be opened|is not encrypted"):
+        Seal(b"open sesame").open(bytes(sealed))
+
+
+@pytest.mark.parametrize("length", [16, 20, 40, 50])
+def test_a_cut_sealed_state_is_told(length: int) -> None:
+    seal = Seal(b"open sesame")
+    with pytest.raises(StorageError, match="cannot be opened"):
+        seal.open(seal.close(bytes(64))[:length])
