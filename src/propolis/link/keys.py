@@ -1,0 +1,111 @@
+"""Private keys in files: PEM, for their owner alone, encrypted where there is a passphrase."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
+from propolis.secure.errors import UsageError
+from propolis.secure.identity import SigningKey
+from propolis.storage import write_atomically
+
+PASSPHRASE_VARIABLE = "PROPOLIS_PASSPHRASE"  # noqa: S105, the name and no passphrase
+_LARGEST_FILE = 2**16
+
+
+def passphrase_of(file: Path | None) -> bytes | None:
+    """The passphrase in a file, else in the environment variable PROPOLIS_PASSPHRASE, else none.
+
+    Args:
+        file: its first line is the passphrase.
+
+    Raises:
+        UsageError: the file cannot be read, others may read it, or the passphrase is empty.
+    """
+    if file is None:
+        given = os.environ.get(PASSPHRASE_VARIABLE)
+        passphrase, where = None if given is None else given.encode(), PASSPHRASE_VARIABLE
+    else:
+        passphrase, where = read_private(file).split(b"\n")[0].rstrip(b"\r"), str(file)
+    if passphrase == b"":
+        raise UsageError(f"the passphrase in {where} is empty")
+    return passphrase
+
+
+def encode_private_key(key: Any, passphrase: bytes | None = None) -> bytes:
+    """A private key of `cryptography` as PEM (PKCS #8), encrypted where there is a passphrase."""
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        encryption = serialization.BestAvailableEncryption(passphrase)
+    pem: bytes = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    return pem
+
+
+def save_private_key(path: Path, key: Any, passphrase: bytes | None = None) -> None:
+    """Write a private key that only its owner may read; raises StorageError."""
+    write_atomically(path, encode_private_key(key, passphrase), mode=0o600)
+
+
+def load_tls_key(path: Path, passphrase: bytes | None = None) -> EllipticCurvePrivateKey:
+    """The ECDSA key in a file; raises as `load_private_key` does."""
+    key = load_private_key(path, passphrase)
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise UsageError(f"{path} is not a key for TLS (ECDSA)")
+    return key
+
+
+def load_signing_key(path: Path, passphrase: bytes | None = None) -> SigningKey:
+    """The Ed25519 key in a file; raises as `load_private_key` does."""
+    key = load_private_key(path, passphrase)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise UsageError(f"{path} is not a key for signatures (Ed25519)")
+    return SigningKey(key.private_bytes_raw())
+
+
+def load_private_key(path: Path, passphrase: bytes | None = None) -> PrivateKeyTypes:
+    """The private key in a file.
+
+    Args:
+        path: the file.
+        passphrase: that it is encrypted with.
+
+    Raises:
+        UsageError: it is missing, others may read it, the passphrase is wrong or missing, or it is no key.
+    """
+    data = read_private(path)
+    # What is encrypted says so; the library's message for a wrong passphrase is the same as for a damaged file.
+    if b"ENCRYPTED" in data.split(b"\n")[0] and passphrase is None:
+        raise UsageError(f"{path} is encrypted: give --passphrase-file, or set {PASSPHRASE_VARIABLE}")
+    try:
+        return serialization.load_pem_private_key(data, passphrase)
+    except TypeError:  # a passphrase for a key that needs none
+        raise UsageError(f"{path} is not encrypted, but there is a passphrase: leave it out") from None
+    except (ValueError, UnsupportedAlgorithm):
+        hint = "" if passphrase is None else "the passphrase is wrong, or "
+        raise UsageError(f"{path} cannot be opened: {hint}it holds no private key") from None
+
+
+def read_private(path: Path) -> bytes:
+    """A file that nobody but its owner may read.
+
+    Raises:
+        UsageError: it cannot be read, others may read it, or it is too large.
+    """
+    try:
+        with path.open("rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise UsageError(f"others may read {path}, which is a secret: chmod 600 {path}")
+            data = file.read(_LARGEST_FILE + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) > _LARGEST_FILE:
+        raise UsageError(f"{path} is larger than a key can be")
+    return data
