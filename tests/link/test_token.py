@@ -30,6 +30,16 @@ def test_broken_lines_do_not_count() -> None:
     assert Token.from_text(f"  {TEXT[:70]}\n{TEXT[70:]}\r\n") == TOKEN
 
 
+def test_the_last_character_counts_whole() -> None:
+    """It stands for fewer bits than it could: several characters would decode alike."""
+    for name in ("a", "ab", "abc"):
+        _, invitation, key = ROOT.invite(Roster(ROOT.federation, 1, 2**40, ()), name)
+        text = replace(TOKEN, invitation=invitation, private_key=key.private).to_text()
+        for typed in set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_") - {text[-1]}:
+            with pytest.raises(UsageError, match="mistyped or cut"):
+                Token.from_text(text[:-1] + typed)
+
+
 @given(st.integers(0, len(TEXT) - 1), st.sampled_from("ABCxyz019-_=+/ \u00e9"))
 def test_one_mistyped_character_is_told(place: int, typed: str) -> None:
     mistyped = TEXT[:place] + typed + TEXT[place + 1 :]

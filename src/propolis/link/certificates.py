@@ -109,15 +109,18 @@ def fault_of(tls: Tls, now: float) -> str | None:
         return f"the certificate in {CERTIFICATE_FILE} is not for the key in {KEY_FILE}"
     if not is_issued_by(certificate, authority):
         return f"the certificate in {CERTIFICATE_FILE} was not issued by the authority in {AUTHORITY_FILE}"
-    for whose, each in (("certificate", certificate), ("authority's certificate", authority)):
-        if now > each.not_valid_after_utc.timestamp():
-            return f"the {whose} expired on {each.not_valid_after_utc:%Y-%m-%d}"
-        if now < each.not_valid_before_utc.timestamp():
-            here = datetime.fromtimestamp(now, UTC)
-            return (
-                f"the {whose} is not valid before {each.not_valid_before_utc:%Y-%m-%d %H:%M} UTC, "
-                f"and here it is {here:%Y-%m-%d %H:%M}: is this machine's clock right?"
-            )
+    fault = out_of_date(certificate, now, "the certificate")
+    return fault or out_of_date(authority, now, "the authority's certificate")
+
+
+def out_of_date(certificate: x509.Certificate, now: float, what: str) -> str | None:
+    """Why a certificate, called `what`, is not valid at this time, in words; None where it is."""
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    here = f"and here it is {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M}: is this machine's clock right?"
+    if now > end.timestamp():
+        return f"{what} expired on {end:%Y-%m-%d}, {here}"
+    if now < start.timestamp():
+        return f"{what} is not valid before {start:%Y-%m-%d %H:%M} UTC, {here}"
     return None
 
 

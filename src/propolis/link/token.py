@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from dataclasses import dataclass
 from typing import Self
 
@@ -58,7 +57,7 @@ class Token:
     def to_text(self) -> str:
         """One word of about 400 characters."""
         data = encode(self, pb.Token)
-        return _PREFIX + base64.urlsafe_b64encode(data + _checksum(data)).rstrip(b"=").decode()
+        return _PREFIX + _encoded(data + _checksum(data))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -80,13 +79,17 @@ class Token:
             raise UsageError("the token is of another version of Propolis") from None
 
 
+def _encoded(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
 def _decoded(word: str) -> bytes:
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", word):
-        return b""
+    """The bytes that are written like this and not otherwise; none where there are none."""
     try:
-        return base64.urlsafe_b64decode(word + "=" * (-len(word) % 4))
-    except binascii.Error:  # one character too many or too few
+        data = base64.urlsafe_b64decode(word.encode("ascii") + b"=" * (-len(word) % 4))
+    except (binascii.Error, UnicodeEncodeError):
         return b""
+    return data if _encoded(data) == word else b""
 
 
 def _checksum(data: bytes) -> bytes:
