@@ -15,6 +15,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from propolis.secure.errors import PropolisError, UsageError
+from propolis.server.cli import federation_app
 from propolis.settings import Settings, load_settings
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 bench_app = typer.Typer(help="Side-by-side benchmarks against peers.", no_args_is_help=True)
+app.add_typer(federation_app, name="federation")
 app.add_typer(bench_app, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]

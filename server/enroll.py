@@ -1,0 +1,178 @@
+"""Enrolment at the server: a device with an invitation becomes a member, once.
+
+The server needs no secret of the root for it: what it checks, the root has signed before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import grpc
+import grpc.aio
+
+from propolis.link.authority import Authority
+from propolis.link.certificates import DeviceName, Tls, to_der
+from propolis.link.enrolment import (
+    LARGEST_CLOCK_DIFFERENCE_S,
+    LARGEST_REQUEST,
+    EnrollReply,
+    EnrollRequest,
+    require_proof,
+)
+from propolis.protos import link_pb2 as pb
+from propolis.protos import link_pb2_grpc
+from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError, UsageError
+from propolis.secure.identity import Descriptor, Invitation, descriptor_digest, verify_descriptor, verify_invitation
+from propolis.secure.wire import FORMAT_VERSION, fill, read
+from propolis.server.membership import Membership
+
+_MOST_AT_ONCE = 64
+_HANDSHAKE_MS = 10_000
+_log = logging.getLogger("propolis.server")
+
+
+class Enrolment:
+    """What is asked of a device before it is let in; no I/O but what `membership` keeps.
+
+    Args:
+        membership: who may enrol, and who has.
+        authority: issues devices' certificates.
+        link_address: HOST:PORT of the service Link, or ":PORT" on the host that a device enrols with.
+    """
+
+    def __init__(self, membership: Membership, authority: Authority, link_address: str) -> None:
+        self._membership = membership
+        self._authority = authority
+        self._link_address = link_address
+
+    @property
+    def authority(self) -> bytes:
+        """The authority's certificate, DER."""
+        return self._authority.der
+
+    def answer(self, asked: pb.EnrollRequest, now: float) -> EnrollReply:
+        """Let a device in; asked again with the same keys, give the same place again.
+
+        Args:
+            asked: what came.
+            now: seconds since 1970.
+
+        Raises:
+            PeerError: the request is malformed, or of another version.
+            TrustError: the device is not the one that was invited, or not in time.
+            StorageError: the member could not be kept.
+        """
+        if asked.version != FORMAT_VERSION:
+            raise PeerError(
+                Refusal.MALFORMED, f"the device enrols by version {asked.version}, the server by {FORMAT_VERSION}"
+            )
+        request = read(EnrollRequest, asked)
+        _require_clock(request.clock, now)
+        invitation = self._invitation(request, now)
+        descriptor = verify_descriptor(invitation, request.descriptor)
+        require_proof(descriptor, request)
+        self._require_in_time(invitation, request, now)
+        certificate = to_der(self._authority.issue_for_device(request.signing_request, _name(descriptor, request), now))
+        self._membership.admit(invitation.index, request.descriptor)
+        return EnrollReply(self._membership.roster.signed, certificate, self._link_address)
+
+    def _invitation(self, request: EnrollRequest, now: float) -> Invitation:
+        """The invitation, which the root made and has not taken back."""
+        self._membership.refresh()
+        roster = self._membership.roster
+        roster.require_current(now)
+        try:
+            invitation = verify_invitation(self._membership.root_key, request.invitation)
+        except TrustError:
+            raise TrustError(Refusal.IDENTITY, "the invitation is not one of this federation") from None
+        entry = roster.require_member(invitation.index)
+        if entry.public_key != invitation.public_key:
+            raise TrustError(Refusal.IDENTITY, f"place {invitation.index} of the roster has another invitation")
+        return invitation
+
+    def _require_in_time(self, invitation: Invitation, request: EnrollRequest, now: float) -> None:
+        """Refuse an expired invitation; a device that is in, and did not hear so, may ask again."""
+        if invitation.expired(now) and self._membership.enrolled(invitation.index) != request.descriptor:
+            raise TrustError(Refusal.IDENTITY, f"the invitation of {invitation.name} has expired: ask for a new one")
+
+
+def _name(descriptor: Descriptor, request: EnrollRequest) -> DeviceName:
+    return DeviceName(descriptor.federation, descriptor.index, descriptor_digest(request.descriptor))
+
+
+def _require_clock(clock: int, now: float) -> None:
+    difference = clock - now
+    if abs(difference) > LARGEST_CLOCK_DIFFERENCE_S:
+        direction = "ahead of" if difference > 0 else "behind"
+        raise TrustError(
+            Refusal.STALE, f"the device's clock is {_in_words(abs(difference))} {direction} the server's: set it right"
+        )
+
+
+def _in_words(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
+
+
+class EnrolmentServicer(link_pb2_grpc.EnrolmentServicer):
+    """The service over `Enrolment`: decode, call, map errors."""
+
+    def __init__(self, enrolment: Enrolment) -> None:
+        self._enrolment = enrolment
+
+    async def GetAuthority(  # noqa: N802
+        self, request: pb.AuthorityRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AuthorityReply:
+        """The authority's certificate, for a device that knows its fingerprint."""
+        return pb.AuthorityReply(certificate=self._enrolment.authority)
+
+    async def Enroll(self, request: pb.EnrollRequest, context: grpc.aio.ServicerContext) -> pb.EnrollReply:  # noqa: N802
+        """See `Enrolment.answer`; a refusal has its reason as details."""
+        filled = pb.EnrollReply()
+        try:
+            fill(self._enrolment.answer(request, time.time()), filled)
+        except PropolisError as error:
+            _log.warning("enrolment refused to %s: %s", context.peer(), error)
+            await context.abort(_status(error), _reason(error))
+        return filled
+
+
+def _status(error: PropolisError) -> grpc.StatusCode:
+    if isinstance(error, TrustError):
+        return grpc.StatusCode.PERMISSION_DENIED
+    return grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, PeerError) else grpc.StatusCode.UNAVAILABLE
+
+
+def _reason(error: PropolisError) -> str:
+    return str(error) if isinstance(error, RefusedError) else "the server cannot keep new members at the moment"
+
+
+def make_enrolment_server(enrolment: Enrolment, address: str, tls: Tls) -> tuple[grpc.aio.Server, int]:
+    """The enrolment service, not yet started, on a port of its own: devices have no certificate yet.
+
+    Args:
+        enrolment: what answers.
+        address: HOST:PORT to listen on; port 0 takes a free one.
+        tls: the server's certificate and key.
+
+    Returns:
+        The server, and the port that it listens on.
+
+    Raises:
+        UsageError: the address cannot be listened on.
+    """
+    options = [
+        ("grpc.max_receive_message_length", LARGEST_REQUEST),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.so_reuseport", 0),
+    ]
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_MOST_AT_ONCE)
+    link_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentServicer(enrolment), server)
+    credentials = grpc.ssl_server_credentials([(tls.private_key, tls.certificate)])
+    try:
+        return server, server.add_secure_port(address, credentials)
+    except RuntimeError:
+        raise UsageError(f"cannot listen on {address}: is it free, and this machine's?") from None

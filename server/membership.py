@@ -1,0 +1,143 @@
+"""The server's live view of who belongs to the federation: the newest roster, and who has enrolled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from propolis.link.certificates import DeviceName
+from propolis.protos import identity_pb2 as pb
+from propolis.secure.errors import PropolisError, Refusal, TrustError, UsageError
+from propolis.secure.identity import Signed, TrustedRoster, descriptor_digest
+from propolis.secure.wire import decode, encode
+from propolis.server.roster import ROSTER_FILE, load_root, load_roster_of
+from propolis.storage import write_atomically
+
+ENROLLED_FOLDER = "enrolled"
+_LARGEST_DESCRIPTOR = 4096
+_log = logging.getLogger("propolis.server")
+
+
+class Membership:
+    """See the module.
+
+    Args:
+        folder: the server's, with `root.pub` and `roster.bin`; who has enrolled is kept in `enrolled/`.
+        clock: seconds since 1970.
+
+    Attributes:
+        root_key: the federation's root, 32 bytes: the same for as long as the process lives.
+        roster: the newest that was found.
+
+    Raises:
+        UsageError: the folder holds no federation.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._clock = clock
+        self.root_key = load_root(folder)
+        self._seen = _stamp(folder / ROSTER_FILE)
+        self.roster: TrustedRoster = load_roster_of(self.root_key, folder)
+        self._enrolled: dict[int, Signed] = {}
+        (folder / ENROLLED_FOLDER).mkdir(mode=0o700, exist_ok=True)
+
+    def refresh(self) -> bool:
+        """Take a newer roster where one was put into the folder; call it often, it costs a look at the file.
+
+        Returns:
+            Whether there is a newer one now. One that is damaged, older, or not this root's is logged and ignored.
+        """
+        stamp = _stamp(self._folder / ROSTER_FILE)
+        if stamp == self._seen:
+            return False
+        self._seen = stamp
+        try:
+            found = load_roster_of(self.root_key, self._folder)
+        except UsageError as error:
+            _log.warning("keeping roster %d: %s", self.roster.number, error)
+            return False
+        if found.number <= self.roster.number:
+            if found.signed != self.roster.signed:
+                _log.warning("keeping roster %d: the one in the folder is %d", self.roster.number, found.number)
+            return False
+        _log.info("roster %d takes the place of %d", found.number, self.roster.number)
+        self.roster = found
+        return True
+
+    def require(self, name: DeviceName) -> None:
+        """Let in a device that enrolled here and may still take part.
+
+        Raises:
+            TrustError: another federation's, not in the roster, revoked, not enrolled, enrolled with other keys, or
+                the roster has expired.
+        """
+        if name.federation != self.roster.roster.federation:
+            raise TrustError(Refusal.IDENTITY, f"device {name.index} is of another federation")
+        self.roster.require_current(self._clock())
+        self.roster.require_member(name.index)
+        try:
+            descriptor = self.enrolled(name.index)
+        except UsageError as error:
+            _log.error("%s", error)
+            raise TrustError(Refusal.IDENTITY, f"device {name.index} cannot be looked up on this server") from None
+        if descriptor is None:
+            raise TrustError(Refusal.IDENTITY, f"device {name.index} has not enrolled with this server")
+        if descriptor_digest(descriptor) != name.descriptor:
+            raise TrustError(Refusal.IDENTITY, f"device {name.index} enrolled with other keys than these")
+
+    def enrolled(self, index: int) -> Signed | None:
+        """The descriptor that a device enrolled with, if it has."""
+        if index not in self._enrolled:
+            descriptor = read_enrolled(self._folder, index)
+            if descriptor is None:
+                return None
+            self._enrolled[index] = descriptor
+        return self._enrolled[index]
+
+    def admit(self, index: int, descriptor: Signed) -> None:
+        """Keep, for good, what a device enrolled with; the same one again changes nothing.
+
+        Raises:
+            TrustError: another descriptor has this place.
+            StorageError: it could not be kept.
+        """
+        before = self.enrolled(index)
+        if before is None:
+            write_atomically(_path(self._folder, index), encode(descriptor, pb.Signed), mode=0o600)
+            self._enrolled[index] = descriptor
+            _log.info("device %d has enrolled", index)
+        elif before.payload != descriptor.payload:
+            raise TrustError(
+                Refusal.IDENTITY,
+                f"the token was used before, by another device: place {index} is taken. If that was not you, revoke it",
+            )
+
+
+def read_enrolled(folder: Path, index: int) -> Signed | None:
+    """The descriptor that a device enrolled with, if it has; raises UsageError when the file is damaged."""
+    path = _path(folder, index)
+    try:
+        return decode(Signed, path.read_bytes(), pb.Signed, _LARGEST_DESCRIPTOR)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except PropolisError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / ENROLLED_FOLDER / str(index)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced or written to."""
+    try:
+        found = os.stat(path)  # noqa: PTH116, called often
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
