@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from propolis.client.enroll import Enrolling
 from propolis.link.address import Address
 from propolis.link.authority import Authority
 from propolis.link.certificates import load_tls, new_tls_key, signing_request
@@ -91,6 +92,10 @@ def serving(site: Site, tls_folder: Path | None = None, enrolment: Enrolment | N
         loop.call_soon_threadsafe(stop.set)
         thread.join(10)
         loop.close()
+
+
+def enrolling(server: Address, token: Token, folder: Path, passphrase: bytes | None = None) -> Enrolling:
+    return Enrolling(server, token, folder, passphrase, timeout=10)
 
 
 class Applicant:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic.fields import FieldInfo
 
+from propolis.client.cli import client_app
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
 from propolis.settings import Settings, load_settings
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Side-by-side benchmarks against peers.", no_args_is_help=True)
 app.add_typer(federation_app, name="federation")
+app.add_typer(client_app, name="client")
 app.add_typer(bench_app, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
