@@ -40,9 +40,9 @@ def test_every_flag_is_documented_with_its_default() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_flags_in_the_pages_exist(page: Path) -> None:
-    for line in re.findall(r"propolis (?:simulate|bench)[^`\n|]*", page.read_text()):
+    for line in re.findall(r"propolis (?:simulate|bench|federation|client)\b[^`\n|]*", page.read_text()):
         words = shlex.split(line.split("#")[0].rstrip(".;,"))
-        depth = 3 if words[1] == "bench" and len(words) > 2 else 2
+        depth = 3 if words[1] != "simulate" and len(words) > 2 else 2
         flags = {word for word in words if word.startswith("--")}
         assert flags <= known_flags(*words[1:depth]), line
 
