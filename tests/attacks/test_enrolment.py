@@ -9,19 +9,20 @@ from pathlib import Path
 
 import grpc
 import pytest
+from attacks.fuzzing import CASES, fuzz
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from enrolling import DAY_S, HOUR_S, Applicant, Site, enrolling, serving
 
 from propolis.client.enroll import SETTINGS_FILE, enroll
 from propolis.link.authority import Authority
-from propolis.link.certificates import DeviceName, new_tls_key, signing_request, to_der, to_pem
+from propolis.link.certificates import DeviceName, new_tls_key, parse_certificate, signing_request, to_der, to_pem
 from propolis.link.enrolment import EnrollReply
 from propolis.link.keys import encode_private_key
 from propolis.protos import identity_pb2, link_pb2_grpc
 from propolis.protos import link_pb2 as pb
-from propolis.secure import labels
-from propolis.secure.errors import RefusedError, UsageError
+from propolis.secure import labels, wire
+from propolis.secure.errors import PeerError, Refusal, RefusedError, TrustError, UsageError
 from propolis.secure.identity import Signed, SigningKey, descriptor_digest, sign
 from propolis.server.enroll import Enrolment
 
@@ -101,11 +102,9 @@ def test_an_invitation_beyond_the_roster_is_refused(site: Site, tmp_path: Path) 
 
 
 def first_roster(site: Site) -> bytes:
-    from propolis.secure.wire import encode
-
     roster = replace(site.federation.roster, number=1, entries=())
     with site.federation._changing() as root:
-        return encode(root.sign_roster(roster), identity_pb2.Signed)
+        return wire.encode(root.sign_roster(roster), identity_pb2.Signed)
 
 
 def resigned(device: Applicant) -> Signed:
@@ -201,6 +200,34 @@ def write_tls(folder: Path, key: bytes, certificate: bytes, authority: Authority
     (folder / "tls.key").write_bytes(key)
     (folder / "tls.pem").write_bytes(to_pem(x509.load_der_x509_certificate(certificate)))
     (folder / "ca.pem").write_bytes(authority.pem)
+
+
+def test_bytes_of_a_stranger_are_a_request_or_refused(site: Site) -> None:
+    """Random and mutated ones; what is refused lets nobody in."""
+    device, enrolment = Applicant(site.token()), site.enrolment
+    valid = device.request(NOW)
+    placed = {device.state.descriptor.payload}
+
+    def answer(data: bytes) -> object:
+        reply = enrolment.answer(wire.parse(pb.EnrollRequest, data), NOW)
+        kept = site.membership.enrolled(0)
+        assert kept is not None
+        assert kept.payload in placed
+        return reply
+
+    assert fuzz("EnrollRequest", [valid.SerializeToString()], answer, RefusedError) < CASES
+
+
+def test_bytes_that_are_a_certificate_name_one_device_or_none(site: Site) -> None:
+    reply = site.enrolment.answer(Applicant(site.token()).request(NOW), NOW)
+    assert fuzz("certificate", [reply.certificate], DeviceName.of, TrustError) < CASES
+    assert fuzz("parsed", [reply.certificate], parse_certificate, ValueError) < CASES
+
+
+def test_bytes_that_are_a_request_for_a_certificate_get_one_or_are_refused(site: Site) -> None:
+    name = DeviceName(bytes(32), 0, bytes(32))
+    csr = signing_request(new_tls_key())
+    assert fuzz("csr", [csr], lambda data: site.authority.issue_for_device(data, name, NOW), PeerError) < CASES
 
 
 # Whoever answers.
@@ -363,8 +390,6 @@ def test_an_answer_that_does_not_hold_is_not_kept(
 
 class _Shouting(Enrolment):
     def answer(self, asked: pb.EnrollRequest, now: float) -> EnrollReply:
-        from propolis.secure.errors import Refusal, TrustError
-
         raise TrustError(Refusal.IDENTITY, "\x1b[2Jpropolis: all is well\r\n" + "x" * 5000)
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Self
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from propolis.link.certificates import (
     AUTHORITY_FILE,
+    NOT_X509,
     DeviceName,
     load_pem,
     new_tls_key,
@@ -157,7 +157,7 @@ def _requested_key(request: bytes) -> EllipticCurvePublicKey:
     try:
         parsed = x509.load_der_x509_csr(request)
         holds, key = parsed.is_signature_valid, parsed.public_key()
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+    except NOT_X509:
         raise PeerError(Refusal.MALFORMED, "the request for a certificate is malformed") from None
     if not holds:
         raise PeerError(Refusal.KEYS, "the signature on the request for a certificate does not hold")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 
@@ -22,6 +22,16 @@ from propolis.secure.errors import Refusal, TrustError, UsageError
 from propolis.secure.identity import LARGEST_INDEX
 
 KEY_FILE, CERTIFICATE_FILE, AUTHORITY_FILE = "tls.key", "tls.pem", "ca.pem"
+# What the library raises besides ValueError for bytes that are none.
+NOT_X509 = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 _URI = re.compile(r"propolis:([0-9a-f]{64}):(0|[1-9][0-9]{0,6}):([0-9a-f]{64})")
 
 
@@ -60,7 +70,7 @@ class DeviceName:
             names = parse_certificate(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
             (only,) = names.value
             matched = isinstance(only, x509.UniformResourceIdentifier) and _URI.fullmatch(only.value)
-        except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
+        except (ValueError, x509.ExtensionNotFound):
             matched = None
         if not matched or int(matched[2]) > LARGEST_INDEX:
             raise TrustError(Refusal.IDENTITY, "the certificate is not that of a device of a federation")
@@ -128,16 +138,20 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
     """Whether the authority signed the certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
-    except (InvalidSignature, ValueError, TypeError):
+    except NOT_X509:
         return False
     return True
 
 
 def parse_certificate(data: bytes) -> x509.Certificate:
-    """A certificate from PEM or DER; raises ValueError."""
-    if data.lstrip().startswith(b"-----BEGIN"):
-        return x509.load_pem_x509_certificate(data)
-    return x509.load_der_x509_certificate(data)
+    """A certificate from PEM or DER, whose key and extensions can be read; raises ValueError."""
+    is_pem = data.lstrip().startswith(b"-----BEGIN")
+    try:
+        certificate = x509.load_pem_x509_certificate(data) if is_pem else x509.load_der_x509_certificate(data)
+        certificate.public_key(), certificate.extensions
+    except NOT_X509 as error:
+        raise ValueError(f"no certificate: {error}") from None
+    return certificate
 
 
 def to_pem(certificate: x509.Certificate) -> bytes:
