@@ -103,27 +103,6 @@ def _seed_everything(seed: int, device: torch.device) -> None:
         torch.mps.manual_seed(seed)
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`; ``auto`` prefers cuda, then mps, then cpu.
-
-    Raises:
-        UsageError: the device is unknown or not there.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        known = device.type in ("cpu", "cuda", "mps")
-    except (RuntimeError, AssertionError, NotImplementedError):
-        known = False
-    if not known:
-        raise UsageError(f"device '{name}' is not available on this machine; use auto or cpu") from None
-    return device
-
-
 class LocalTrainer:
     """One model of a task, reused for every round and every simulated device of this process."""
 

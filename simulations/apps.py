@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from propolis.client.app import Participant, hold_out, make_client_app
 from propolis.client.state import FOLDER_KEY
-from propolis.client.train import LocalTrainer, choose_device, derive_seed
+from propolis.client.train import LocalTrainer, derive_seed
 from propolis.client.update import SecureMod, StoreOf, secure_mod
 from propolis.secure.errors import UsageError
 from propolis.server.app import FederatedRun, Members
@@ -24,7 +24,7 @@ from propolis.server.roster import load_roster
 from propolis.settings import Settings, load_settings
 from propolis.simulations.federation import SIMULATED, federation_of_run, simulated_mod
 from propolis.simulations.partition import Partition
-from propolis.task import DataSet, Task, check_task, load_task
+from propolis.task import DataSet, Task, check_task, choose_device, load_task
 
 
 @lru_cache(maxsize=1)

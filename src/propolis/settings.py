@@ -10,12 +10,14 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from propolis.secure.errors import UsageError
+
+M = TypeVar("M", bound=BaseModel)
 
 PROTECTIONS = ("none", "secagg")
 CODECS = ("float32", "dense", "thin")
@@ -74,7 +76,9 @@ class Settings(BaseModel):
     holdout: float = Field(0.1, gt=0, lt=1, description="Share of its examples a device keeps for that evaluation.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Chance that a device is lost in a round.")
-    backend: Literal["local", "ray"] = Field("local", description="In this process, or Flower's engine on Ray.")
+    backend: Literal["local", "ray", "link"] = Field(
+        "local", description="In this process, Flower's engine on Ray, or a process per device behind our link."
+    )
     workers: int = Field(0, ge=0, le=16, description="Training processes of the local backend; 0 trains in this one.")
     ray_cpus: float = Field(1.0, gt=0, description="CPUs that the ray backend reserves for each device that trains.")
     protection: str = Field("none", description="How updates are protected: none, or secagg (secure aggregation).")
@@ -192,38 +196,58 @@ def load_settings(
             one), or a value is out of range.
     """
     values: dict[str, Any] = base.model_dump(exclude_unset=True) if base else {}
-    values.update(_read(config) if config else {})
-    values.update({key: value for key, value in _normalized(overrides or {}).items() if value is not None})
-    for key in values:
-        _require_known(key, source=str(config) if config else "settings")
+    values.update(read_toml(config) if config else {})
+    values.update(given(overrides or {}))
+    return build(Settings, values, source=str(config) if config else "settings")
+
+
+def build(model: type[M], values: Mapping[str, Any], source: str) -> M:
+    """A typed table of settings.
+
+    Args:
+        model: the table.
+        values: by name, hyphens as good as underscores; None means "not given".
+        source: where they come from, for the message.
+
+    Raises:
+        UsageError: a key is unknown, and the message names the nearest known one; or a value is out of range.
+    """
+    said = given(values)
+    for key in [key for key in said if key not in model.model_fields]:
+        nearest = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.0)[0]
+        raise UsageError(f"{source}: unknown key '{key}'; the nearest known one is '{nearest}'")
     try:
-        return Settings(**values)
+        return model(**said)
     except ValidationError as error:
         raise UsageError("; ".join(_explain(detail) for detail in error.errors())) from None
 
 
-def _read(config: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables and values of a TOML file, hyphens in the names of the first level made underscores.
+
+    Raises:
+        UsageError: it cannot be read or parsed.
+    """
     try:
-        values = tomllib.loads(config.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read {config}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{config} is not valid TOML: {error}") from None
-    return _normalized(values)
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    return normalized(values)
 
 
-def _normalized(values: Mapping[str, Any]) -> dict[str, Any]:
-    normalized = {key.replace("-", "_"): value for key, value in values.items()}
-    if len(normalized) < len(values):
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are not None, by their normalised names."""
+    return {key: value for key, value in normalized(values).items() if value is not None}
+
+
+def normalized(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with underscores for hyphens in the names; raises UsageError where one is then there twice."""
+    same = {key.replace("-", "_"): value for key, value in values.items()}
+    if len(same) < len(values):
         raise UsageError("a key is given twice, once with hyphens and once with underscores")
-    return normalized
-
-
-def _require_known(key: str, source: str) -> None:
-    if key in Settings.model_fields:
-        return
-    nearest = difflib.get_close_matches(key, Settings.model_fields, n=1, cutoff=0.0)[0]
-    raise UsageError(f"{source}: unknown key '{key}'; the nearest known one is '{nearest}'")
+    return same
 
 
 def _one_of(value: str, known: tuple[str, ...]) -> str:

@@ -7,9 +7,7 @@ server evaluates the global model on its test set.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from propolis.references import load_attribute
 from propolis.secure.errors import UsageError
 
 BUILT_IN = {
@@ -164,7 +163,7 @@ def load_task(reference: str, data: str | Path | None = None) -> Task:
     if not module_name or not class_name:
         known = ", ".join(BUILT_IN)
         raise UsageError(f"unknown task '{reference}': expected one of {known}, or MODULE:CLASS")
-    task_class = getattr(_import(module_name, reference), class_name, None)
+    task_class = load_attribute(f"{module_name}:{class_name}", "task")
     if not inspect.isclass(task_class) or not issubclass(task_class, Task):
         raise UsageError(f"task '{reference}': {module_name} has no class {class_name} derived from propolis.Task")
     for name in ("model", "data"):
@@ -178,16 +177,25 @@ def load_task(reference: str, data: str | Path | None = None) -> Task:
         raise UsageError(f"task '{reference}': cannot make {class_name}(data): {_first_line(error)}") from None
 
 
-def _import(module_name: str, reference: str) -> Any:
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+def choose_device(name: str = "auto") -> torch.device:
+    """The torch device called `name`; ``auto`` prefers cuda, then mps, then cpu.
+
+    Raises:
+        UsageError: the device is unknown or not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return importlib.import_module(module_name)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the user's own code
-        raise UsageError(f"task '{reference}': cannot import {module_name}: {error!s:.500}") from None
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        known = device.type in ("cpu", "cuda", "mps")
+    except (RuntimeError, AssertionError, NotImplementedError):
+        known = False
+    if not known:
+        raise UsageError(f"device '{name}' is not available on this machine; use auto or cpu") from None
+    return device
 
 
 def frozen_names(model: nn.Module) -> set[str]:

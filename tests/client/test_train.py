@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from harness import Blobs
 from propolis.client.optimizer import Adam, Sgd
-from propolis.client.train import LocalTrainer, TrainConfig, _batches, choose_device, derive_seed
+from propolis.client.train import LocalTrainer, TrainConfig, _batches, derive_seed
 from propolis.secure.errors import UsageError
+from propolis.task import choose_device
 
 CPU = torch.device("cpu")
 
