@@ -39,6 +39,7 @@ _POLICY_KEYS: dict[str, str] = {
     "propolis-min-density": "min_density",
     "propolis-max-step": "max_step",
     "propolis-require-malicious": "require_malicious",
+    "propolis-allow-unprotected": "allow_unprotected",
 }
 
 

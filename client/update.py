@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
+from propolis.client.seal import Seal
 from propolis.client.state import FOLDER_KEY, DeviceStore, FileStore, policy_of
+from propolis.link.keys import passphrase_of
 from propolis.messages import (
     RECORD,
     Arrays,
@@ -48,18 +51,27 @@ _log = logging.getLogger("propolis.client")
 
 
 def node_store(context: Context) -> DeviceStore:
-    """The store of a Flower node: the folder ``propolis-dir`` of its own configuration, with the policy there."""
+    """The store of a Flower node: the folder ``propolis-dir`` of its own configuration, with the policy there.
+
+    A state that is encrypted is opened with the passphrase in the environment, see `propolis.link.keys`.
+    """
     folder = context.node_config.get(FOLDER_KEY)
     if not isinstance(folder, str) or not folder:
         raise TrustError(Refusal.NOT_ENROLLED, f"the node's configuration names no {FOLDER_KEY}")
-    return FileStore(Path(folder), policy_of(context.node_config))
+    return FileStore(Path(folder), policy_of(context.node_config), _seal_under(passphrase_of(None)))
+
+
+@lru_cache(maxsize=1)
+def _seal_under(passphrase: bytes | None) -> Seal | None:
+    """The seal of this process: its key takes a moment to derive."""
+    return None if passphrase is None else Seal(passphrase)
 
 
 class SecureMod:
     """A Flower mod that answers the protocol's exchanges and lets the app train in the middle of one.
 
     It never raises: what is wrong becomes an error reply with the code of a `Refusal`, and a line in this device's
-    own log.
+    own log. Only where the owner allows unprotected messages, what the app raises in one goes through.
 
     Args:
         store_of: finds the device's store for a Flower context.
@@ -70,9 +82,11 @@ class SecureMod:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """See `flwr.clientapp.typing.Mod`."""
+        if RECORD not in message.content and self._lets_through(context):
+            return call_next(message, context)
         try:
             exchange, request = open_record(message.content)
-            reply = self._answer(exchange, request, message, context, call_next)
+            reply = _answer(self._store_of(context), exchange, request, message, context, call_next)
             return Message(RecordDict({RECORD: protocol_record(exchange, reply)}), reply_to=message)
         except RefusedError as error:
             _log.warning("refused a message: %s", error)
@@ -85,19 +99,12 @@ class SecureMod:
             refusal = Refusal.STORAGE
         return Message(Error(refusal_code(refusal), refusal.reason), reply_to=message)
 
-    def _answer(
-        self, exchange: Exchange, request: bytes, message: Message, context: Context, call_next: ClientAppCallable
-    ) -> bytes:
-        store = self._store_of(context)
-        if exchange is Exchange.UPLOAD:
-            return _upload(store, request, message, context, call_next)
-        steps: dict[Exchange, Callable[[Device], bytes]] = {
-            Exchange.HELLO: lambda device: device.hello(request),
-            Exchange.PREPARE: lambda device: device.prepare(request),
-            Exchange.CONFIRM: lambda device: device.confirm(request),
-            Exchange.UNMASK: lambda device: device.unmask(request),
-        }
-        return store.change(steps[exchange])
+    def _lets_through(self, context: Context) -> bool:
+        """Whether the device's owner lets the server see this device's own values."""
+        try:
+            return self._store_of(context).policy.allow_unprotected
+        except PropolisError:
+            return False
 
 
 _node_mod = SecureMod()
@@ -106,6 +113,25 @@ _node_mod = SecureMod()
 def secure_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """`SecureMod` for the devices of Flower's SuperNodes, see `node_store`: ``ClientApp(mods=[secure_mod])``."""
     return _node_mod(message, context, call_next)
+
+
+def _answer(
+    store: DeviceStore,
+    exchange: Exchange,
+    request: bytes,
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+) -> bytes:
+    if exchange is Exchange.UPLOAD:
+        return _upload(store, request, message, context, call_next)
+    steps: dict[Exchange, Callable[[Device], bytes]] = {
+        Exchange.HELLO: lambda device: device.hello(request),
+        Exchange.PREPARE: lambda device: device.prepare(request),
+        Exchange.CONFIRM: lambda device: device.confirm(request),
+        Exchange.UNMASK: lambda device: device.unmask(request),
+    }
+    return store.change(steps[exchange])
 
 
 def _upload(

@@ -28,6 +28,7 @@ class Policy:
         min_density: smallest share of the trained values that a round may ask for.
         max_step: coarsest grid that an update may be rounded to, in units of a weighted change. These three keep
             the training useful; what is learnt of a device is the sum in any case.
+        allow_unprotected: answer the server also outside of secure rounds, which shows it this device's own update.
     """
 
     min_cohort: int = 3
@@ -42,6 +43,7 @@ class Policy:
     min_bits: int = 2
     min_density: float = 0.001
     max_step: float = 1e6
+    allow_unprotected: bool = False
 
     def __post_init__(self) -> None:
         if self.min_cohort < 2 or self.min_threshold < 1:
