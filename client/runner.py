@@ -60,10 +60,14 @@ class Worker:
     """One thread that does one thing after another, so that the stream's own thread is always there to answer.
 
     It does not keep the process alive: Python cannot end a thread, and the app may be in the middle of training.
+
+    Attributes:
+        is_busy: whether it is at work.
     """
 
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.is_busy = False
         threading.Thread(target=self._work, name="propolis-app", daemon=True).start()
 
     def submit(self, task: Callable[[], None]) -> None:
@@ -72,4 +76,7 @@ class Worker:
 
     def _work(self) -> None:
         while True:
-            self._tasks.get()()
+            task = self._tasks.get()
+            self.is_busy = True
+            task()
+            self.is_busy = False

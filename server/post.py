@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from flwr.app import Message, RecordDict
 
@@ -73,9 +73,9 @@ class Post:
             self._changed.wait_for(lambda: self._arrivals != self._seen, timeout)
             self._seen = self._arrivals
 
-    def wait_for_nodes(self, count: int, deadline: float, stop: Callable[[], bool]) -> int:
-        """Wait until so many devices are connected, the monotonic clock shows `deadline`, or `stop`; their number."""
-        while len(found := self.node_ids()) < count and time.monotonic() < deadline and not stop():
+    def wait_for_nodes(self, count: int, deadline: float) -> int:
+        """Wait until so many devices are connected, or the monotonic clock shows `deadline`; their number."""
+        while len(found := self.node_ids()) < count and time.monotonic() < deadline:
             with self._changed:
                 self._changed.wait(min(0.2, max(0.0, deadline - time.monotonic())))
         return len(found)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurv
 
 from propolis.link.keys import encode_private_key, load_tls_key
 from propolis.secure.errors import Refusal, TrustError, UsageError
-from propolis.secure.identity import LARGEST_INDEX
+from propolis.secure.identity import LARGEST_INDEX, node_id_of
 
 KEY_FILE, CERTIFICATE_FILE, AUTHORITY_FILE = "tls.key", "tls.pem", "ca.pem"
 # What the library raises besides ValueError for bytes that are none.
@@ -57,7 +57,7 @@ class DeviceName:
     @property
     def node_id(self) -> int:
         """The device's node id on the link: 63 bits of its descriptor's digest."""
-        return int.from_bytes(self.descriptor[:8], "big") >> 1
+        return node_id_of(self.descriptor)
 
     @classmethod
     def of(cls, certificate: bytes) -> Self:
