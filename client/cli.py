@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from propolis.client.config import ClientConfig
 from propolis.secure.errors import UsageError
 
 client_app = typer.Typer(help="A device of a federation.", no_args_is_help=True)
 
 _LONGEST_TOKEN = 8192
+
+
+def _flag(name: str) -> Any:
+    """The flag of a field of `ClientConfig`."""
+    return typer.Option(f"--{name.replace('_', '-')}", help=ClientConfig.model_fields[name].description)
 
 
 @client_app.callback()
@@ -68,3 +74,52 @@ def _read_token(given: str) -> str:
     except OSError as error:
         raise UsageError(f"cannot read the token from {given[1:]}: {error.strerror}") from None
     return given
+
+
+@client_app.command("run")
+def run_command(
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The device's folder, from its enrolment.")],
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file of the device's owner.")] = None,
+    server: Annotated[str | None, _flag("server")] = None,
+    task: Annotated[str | None, _flag("task")] = None,
+    data: Annotated[str | None, _flag("data")] = None,
+    device: Annotated[str | None, _flag("device")] = None,
+    client_flower_app: Annotated[str | None, _flag("app")] = None,
+    node_config: Annotated[
+        str, typer.Option("--node-config", help="KEY=VALUE pairs of Flower's node configuration; policies are some.")
+    ] = "",
+    largest_message: Annotated[int | None, _flag("largest_message")] = None,
+    log_format: Annotated[str | None, _flag("log_format")] = None,
+    once: Annotated[bool, typer.Option("--once", help="End with the run, in place of waiting for more.")] = False,
+    patience: Annotated[
+        float, typer.Option("--patience", help="With --once: seconds without a connection to give up after.", min=0)
+    ] = 60,
+    passphrase_file: Annotated[
+        Path | None, typer.Option("--passphrase-file", help="File with the passphrase of the device's keys.")
+    ] = None,
+) -> None:
+    """Take part: train when asked, and connect again for ever."""
+    from propolis.client.config import load_client_config
+
+    flags = {
+        "server": server,
+        "task": task,
+        "data": data,
+        "device": device,
+        "app": client_flower_app,
+        "largest_message": largest_message,
+        "log_format": log_format,
+    }
+    told = load_client_config(folder, config, flags, node_config)
+
+    from propolis.client.process import Attendance, attend
+    from propolis.link.keys import PASSPHRASE_VARIABLE, passphrase_of
+    from propolis.logs import configure_logging
+
+    configure_logging(told.log_format)
+    passphrase = passphrase_of(passphrase_file)
+    if passphrase is not None:  # the mod of an app opens the device's state with it
+        os.environ[PASSPHRASE_VARIABLE] = passphrase.decode()
+    if attend(folder, told, Attendance(once, patience), passphrase):
+        sys.stderr.flush()
+        os._exit(0)  # Python cannot end the thread that trains

@@ -13,6 +13,7 @@ from pathlib import Path
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+from propolis.client.config import SETTINGS_FILE
 from propolis.client.introduction import Introduction
 from propolis.client.seal import Seal
 from propolis.client.state import STATE_FILE, FileStore
@@ -37,8 +38,6 @@ from propolis.secure.identity import Invitation, descriptor_digest, trusted_rost
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.policy import Policy
 from propolis.storage import write_atomically
-
-SETTINGS_FILE = "client.toml"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from propolis.server.report import (
     MODEL,
     RESULT,
     Failure,
+    LogReport,
     TerminalReport,
     write_config,
     write_results,
@@ -57,12 +58,14 @@ class RunOptions:
         resume: go on from the folder's checkpoint.
         force: replace another run's files.
         console: where rounds are shown; None shows nothing.
+        logger: name of the logger that each round has a line in; None: no lines.
     """
 
     out: Path
     resume: bool = False
     force: bool = False
     console: Console | None = None
+    logger: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def run_job(
         PropolisError: the run failed; the rounds completed so far are in the folder, with status ``failed``.
         KeyboardInterrupt: the user stopped it; likewise, with status ``interrupted``.
     """
-    start = _starting_state(settings, options, job.task)
+    start = state_of_run(options.out, settings, job.task) if options.resume else None
     cancelled = threading.Event()
     run = FederatedRun(
         settings,
@@ -118,9 +121,11 @@ def run_job(
         cancelled=cancelled,
     )
     _prepare_folder(settings, options)
+    log = LogReport(settings.rounds, options.logger) if options.logger else None
     try:
         with _report(settings, options, run.state.completed) as report:
-            over(lambda grid, *observers: run.run(grid, *([report] if report else []), *observers), cancelled)
+            reports = [each for each in (report, log) if each is not None]
+            over(lambda grid, *observers: run.run(grid, *reports, *observers), cancelled)
     except BaseException as error:
         stopped = isinstance(error, (KeyboardInterrupt, CancelledError))
         with suppress(StorageError):  # the first error is the one to report
@@ -148,6 +153,28 @@ def require_feasible(settings: Settings, task: Task, devices: int, max_weight: f
     protection_of(settings, max_weight).require_feasible(sampled, parameters)
 
 
+def require_same_run(out: Path, settings: Settings) -> None:
+    """Refuse to go on in a folder with the run of other settings; a folder without a run is fine.
+
+    Raises:
+        UsageError: the message names what differs.
+    """
+    if not (out / CONFIG).is_file():
+        return
+    if refused := sorted(_changed(load_settings(out / CONFIG), settings)):
+        raise UsageError(f"{out} holds a run with another {', '.join(refused)}: name another folder, or remove it")
+
+
+def state_of_run(out: Path, settings: Settings, task: Task) -> RunState | None:
+    """How far the run in `out` has come; None where no round is done. Raises UsageError when it is not this run."""
+    if not (out / CHECKPOINT).exists():
+        return None
+    state = load_checkpoint(out / CHECKPOINT, initial_model(settings, task), run_digest(settings))
+    if state.completed > settings.rounds:
+        raise UsageError(f"{out} has done {state.completed} rounds already, more than {settings.rounds}")
+    return state
+
+
 def settings_to_resume(out: Path, overrides: Mapping[str, Any]) -> Settings:
     """The settings of the run in `out`, with the few changes that leave its rounds as they would have been.
 
@@ -158,22 +185,17 @@ def settings_to_resume(out: Path, overrides: Mapping[str, Any]) -> Settings:
         raise UsageError(f"{out} holds no run to resume: {CONFIG} is missing")
     before = load_settings(out / CONFIG)
     after = load_settings(base=before, overrides=overrides)
-    changed = {key for key in Settings.model_fields if getattr(before, key) != getattr(after, key)}
-    # The cosine reaches zero after the last round, so each round depends on how many there are.
-    may_change = MAY_CHANGE_ON_RESUME - ({"rounds"} if before.lr_schedule == "cosine" else set())
-    if refused := sorted(changed - may_change):
+    if refused := sorted(_changed(before, after)):
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in refused)
         raise UsageError(f"{flags} would make another run of {out}; start a new one without --resume")
     return after
 
 
-def _starting_state(settings: Settings, options: RunOptions, task: Task) -> RunState | None:
-    if not options.resume or not (options.out / CHECKPOINT).exists():  # it was stopped before the first round ended
-        return None
-    state = load_checkpoint(options.out / CHECKPOINT, initial_model(settings, task), run_digest(settings))
-    if state.completed > settings.rounds:
-        raise UsageError(f"{options.out} has done {state.completed} rounds already, more than {settings.rounds}")
-    return state
+def _changed(before: Settings, after: Settings) -> set[str]:
+    """The settings that differ and make another run of it."""
+    changed = {key for key in Settings.model_fields if getattr(before, key) != getattr(after, key)}
+    # The cosine reaches zero after the last round, so each round depends on how many there are.
+    return changed - (MAY_CHANGE_ON_RESUME - ({"rounds"} if before.lr_schedule == "cosine" else set()))
 
 
 def _prepare_folder(settings: Settings, options: RunOptions) -> None:

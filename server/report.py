@@ -73,14 +73,16 @@ class TerminalReport:
 
 
 class LogReport:
-    """A log line per round, for Flower's own runtimes."""
+    """A log line per round, for Flower's own runtimes and for services."""
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, logger: str = "flwr") -> None:
         self._rounds = rounds
-        self._log = logging.getLogger("flwr")
+        self._log = logging.getLogger(logger)
 
     def round_started(self, number: int, attempt: int) -> None:
-        """Nothing: the round's line comes when it is done."""
+        """Say so when a round is tried again; a round's own line comes when it is done."""
+        if attempt:
+            self._log.warning("round %d: too few devices survived, attempt %d", number, attempt + 1)
 
     def round_finished(self, state: RunState) -> None:
         """Log the round's figures."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from propolis.client.train import choose_device
 from propolis.flower import quiet_flower
 from propolis.server.app import Members
 from propolis.server.job import Job, Rounds, RunOptions, require_feasible, run_job
@@ -25,8 +24,10 @@ from propolis.simulations.federation import (
     make_federation,
     write_federation,
 )
+from propolis.simulations.linked import linked_grid
 from propolis.simulations.local import LocalGrid
 from propolis.simulations.ray import require_ray, run_on_ray
+from propolis.task import choose_device
 
 
 def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
@@ -69,6 +70,10 @@ def _over_backend(
                 write_federation(federation, Path(folder))
                 stores = DevicesInFolder(Path(folder))
             run_on_ray(settings, client_app(settings, stores), serve, cancelled)
+        return
+    if settings.backend == "link":
+        with linked_grid(settings, federation or make_federation(settings.clients, settings.seed)) as linked:
+            serve(linked)
         return
     in_memory = DevicesInMemory(federation.devices) if federation else None
     with LocalGrid(partial(client_app, settings, in_memory), settings.clients, workers=settings.workers) as grid:

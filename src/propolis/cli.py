@@ -7,16 +7,18 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from propolis.client.cli import client_app
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
+from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
 from propolis.settings import Settings, load_settings
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -37,25 +39,29 @@ app.add_typer(bench_app, name="bench")
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one flag for every field of `Settings`, in place of its ``**flags``."""
-    parameters = inspect.signature(command, eval_str=True).parameters.values()
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD]
-    flags = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                field.annotation | None,  # type: ignore[operator]
-                typer.Option(f"--{name.replace('_', '-')}", help=_help(field), show_default=False),
-            ],
-        )
-        for name, field in Settings.model_fields.items()
-    ]
-    command.__signature__ = inspect.Signature([*flags, *own])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in [*flags, *own]}
-    return command
+def with_settings(
+    *models: type[BaseModel], without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for every field of these models, in place of its ``**flags``."""
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD]
+        fields = {name: field for model in models for name, field in model.model_fields.items() if name not in without}
+        flags = [_flag(name, field) for name, field in fields.items()]
+        command.__signature__ = inspect.Signature([*flags, *own])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in [*flags, *own]}
+        return command
+
+    return give
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    option = typer.Option(f"--{name.replace('_', '-')}", help=_help(field), show_default=False)
+    kind: Any = field.annotation
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _help(field: FieldInfo) -> str:
@@ -80,7 +86,7 @@ def root(
 
 
 @app.command("simulate")
-@with_settings
+@with_settings(Settings)
 def simulate_command(
     config: Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; a new one by default.")] = None,
@@ -109,14 +115,51 @@ def simulate_command(
     if as_json:
         typer.echo(json.dumps(result))
         return
+    typer.echo(_summary(result))
+    typer.echo(f"result.json, model.safetensors, curves.png and config.toml are in {folder}")
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """A result in one line."""
     from propolis.server.report import format_bytes
 
     figures = [f"{name} {result[name]:.4f}" for name in ("accuracy", "loss") if result[name] is not None]
-    typer.echo(
+    return (
         f"{', '.join(figures)} after {len(result['history'])} rounds in {result['seconds']:.1f} s; "
         f"{format_bytes(result['uplink_bytes'])} up, {format_bytes(result['downlink_bytes'])} down"
     )
-    typer.echo(f"result.json, model.safetensors, curves.png and config.toml are in {folder}")
+
+
+@app.command("server")
+@with_settings(Settings, ServerConfig, without=SIMULATED_ONLY)
+def server_command(
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file with settings and [server].")] = None,
+    passphrase_file: Annotated[
+        Path | None, typer.Option("--passphrase-file", help="File with the passphrase of the server's keys.")
+    ] = None,
+    as_json: JsonFlag = False,
+    **flags: Any,
+) -> None:
+    """Train a task over the devices that connect; started again, it goes on where it was."""
+    served = load_served(config, flags)
+
+    from rich.console import Console
+
+    from propolis.link.keys import passphrase_of
+    from propolis.logs import configure_logging
+    from propolis.server.process import serve
+
+    configure_logging(served.config.log_format)
+    as_rows = not as_json and served.config.log_format == "text" and sys.stdout.isatty()
+    try:
+        result = serve(served, passphrase_of(passphrase_file), Console() if as_rows else None)
+    except KeyboardInterrupt:
+        _stop(f"stopped; start it again and it goes on with the run in {served.config.out}", EXIT_INTERRUPTED)
+    if result is not None and as_json:
+        typer.echo(json.dumps(result))
+    elif result is not None:
+        typer.echo(_summary(result))
+        typer.echo(f"result.json, model.safetensors and config.toml are in {served.config.out}")
 
 
 @bench_app.command("simulate")

@@ -1,0 +1,121 @@
+"""The device process: one outbound connection for ever, and the app that answers what comes over it."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.clientapp import ClientApp
+
+from propolis.client.agent import Agent, AgentOptions
+from propolis.client.config import ClientConfig
+from propolis.client.runner import AppRunner, Worker
+from propolis.client.state import FOLDER_KEY
+from propolis.flower import quiet_flower
+from propolis.link.certificates import DeviceName, fault_of, load_tls
+from propolis.link.spool import Spools
+from propolis.references import load_attribute
+from propolis.secure.errors import UsageError
+
+_PROCESS_LOCK = "agent.lock"
+_log = logging.getLogger("propolis.client")
+
+
+@dataclass(frozen=True, slots=True)
+class Attendance:
+    """How long a device stays.
+
+    Attributes:
+        once: until a run is over, in place of for ever.
+        patience: with `once`, seconds without a connection after which it gives up.
+    """
+
+    once: bool = False
+    patience: float = 60.0
+
+
+def attend(folder: Path, config: ClientConfig, attendance: Attendance, passphrase: bytes | None = None) -> bool:
+    """Serve the federation as the device in a folder.
+
+    Args:
+        folder: the device's.
+        config: what it was told.
+        attendance: how long.
+        passphrase: of its keys and its state.
+
+    Returns:
+        Whether the app is still at work; the process then has to end without waiting for it.
+
+    Raises:
+        UsageError: something that was given is not usable.
+        RefusedByServerError: the server does not take this device, or could not be reached.
+        KeyboardInterrupt: somebody stopped it.
+    """
+    quiet_flower()
+    if config.server is None:
+        raise UsageError(f"{folder} names no server: give --server HOST:PORT")
+    tls = load_tls(folder, passphrase)
+    if (fault := fault_of(tls, time.time())) is not None:
+        raise UsageError(f"{folder}: {fault}")
+    app = load_client_app(config.app) if config.app else _ready_app(config)
+    node_config = {FOLDER_KEY: str(folder.resolve()), **config.node}
+    runner = AppRunner(app, DeviceName.of(tls.certificate).node_id, node_config)
+    options = AgentOptions(
+        config.server, attendance.once, attendance.patience, largest_message=config.largest_message * 2**20
+    )
+    with _alone(folder):
+        worker = Worker()
+        asyncio.run(_run(Agent(options, tls, runner, worker, Spools())))
+        return worker.is_busy
+
+
+def load_client_app(reference: str) -> ClientApp:
+    """A user's ClientApp; raises UsageError when the reference leads to none."""
+    app = load_attribute(reference, "app")
+    if not isinstance(app, ClientApp):
+        raise UsageError(f"app '{reference}' is no ClientApp of Flower, it is a {type(app).__name__}")
+    return app
+
+
+def _ready_app(config: ClientConfig) -> ClientApp:
+    from propolis.client.ready import ready_app  # torch takes seconds, and a user's own app may not need it
+
+    if config.task is None or config.data is None:
+        raise UsageError("the ready app needs a task and the device's data: give --task and --data, or an --app")
+    return ready_app(config.task, Path(config.data), config.device)
+
+
+async def _run(agent: Agent) -> None:
+    """Run the agent until it ends, or a signal says so."""
+    loop, stopped_by = asyncio.get_running_loop(), list[signal.Signals]()
+
+    def stop(sign: signal.Signals) -> None:
+        stopped_by.append(sign)
+        agent.stop()
+
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sign, stop, sign)
+    await agent.run()
+    if stopped_by:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two processes of one device would put each other out of the federation, again and again."""
+    descriptor = os.open(folder / _PROCESS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(f"another process is this device already: it runs with {folder}") from None
+    finally:
+        os.close(descriptor)

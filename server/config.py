@@ -1,0 +1,83 @@
+"""What a server process is told besides the settings of its run: the table ``[server]`` of its TOML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from propolis.secure.errors import UsageError
+from propolis.settings import Settings, build, given, read_toml
+
+# Settings that describe simulated devices: real ones are as they are.
+SIMULATED_ONLY = frozenset({"clients", "partition", "dropout", "backend", "workers", "ray_cpus"})
+_LARGEST_MB = 2**30
+
+
+class ServerConfig(BaseModel):
+    """A server process. Frozen; unknown keys are refused; a description is the flag's help text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    federation: str = Field(
+        "federation/server", description="Folder with the roster and the server's certificate and key."
+    )
+    listen: str = Field("0.0.0.0:7441", description="HOST:PORT that devices connect to, with their certificates.")
+    enroll: str = Field("0.0.0.0:7442", description="HOST:PORT that new devices enrol at; none to enrol nobody.")
+    out: str = Field("runs/server", description="Folder for checkpoints and results; a run there is gone on with.")
+    wait_for: int | None = Field(
+        None, ge=1, description="Devices that must be connected before the first round; min_clients by default."
+    )
+    wait_seconds: float = Field(3600.0, gt=0, description="How long the server waits for them.")
+    app: str | None = Field(None, description="MODULE:NAME of a Flower ServerApp to run in place of the ready one.")
+    heartbeat: int = Field(10, ge=1, le=3600, description="Seconds in which each side of a connection is heard.")
+    largest_message: int = Field(4096, ge=1, le=_LARGEST_MB, description="Largest reply of a device, in MiB.")
+    log_format: Literal["text", "json"] = Field("text", description="How the log is written to standard error.")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """All that a server process is told.
+
+    Attributes:
+        settings: of the run.
+        config: of the process.
+        run_config: for the apps of Flower that run in place of the ready ones.
+    """
+
+    settings: Settings
+    config: ServerConfig
+    run_config: dict[str, Any]
+
+
+def load_served(path: Path | None, flags: Mapping[str, Any]) -> Served:
+    """What a TOML file says, with flags on top: settings at the top level, ``[server]`` and ``[run-config]`` below.
+
+    Raises:
+        UsageError: as `load_settings` does.
+    """
+    values = read_toml(path) if path else {}
+    source = str(path) if path else "settings"
+    server, run_config = (_table(values.pop(name, {}), f"{source}: {name}") for name in ("server", "run_config"))
+    for name, value in given(flags).items():
+        (server if name in ServerConfig.model_fields else values)[name] = value
+    config = build(ServerConfig, server, f"{source}, table [server]")
+    if unfit := sorted(SIMULATED_ONLY & values.keys()):
+        raise UsageError(f"{source}: {unfit[0]} is for simulated devices; the server takes those that connect")
+    devices = config.wait_for or max(values.get("min_clients") or 0, _fewest(values))
+    settings = build(Settings, {"min_clients": min(devices, 2), **values, "clients": devices}, source)
+    return Served(settings, config, run_config)
+
+
+def _fewest(values: Mapping[str, Any]) -> int:
+    """Devices that a round takes at least: three in a secure sum."""
+    return 3 if values.get("protection", "none") != "none" else 2
+
+
+def _table(value: Any, source: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{source}: expected a table, got {value!r}")
+    return value

@@ -1,0 +1,170 @@
+"""The server process: waits for its devices, runs the job over the link, and goes on after a crash where it was."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+from flwr.app.user_config import UserConfigValue
+from flwr.serverapp import ServerApp
+from rich.console import Console
+
+from propolis.flower import SERVER_NODE_ID, quiet_flower
+from propolis.link.authority import Authority
+from propolis.link.certificates import Tls, fault_of, load_tls
+from propolis.link.spool import Spools
+from propolis.references import load_attribute
+from propolis.secure.errors import TooFewPeersError, UsageError
+from propolis.server.app import Members
+from propolis.server.config import Served, ServerConfig
+from propolis.server.enroll import Enrolment
+from propolis.server.job import Job, Rounds, RunOptions, require_feasible, require_same_run, run_job, state_of_run
+from propolis.server.link import LinkOptions, LinkServer
+from propolis.server.link_grid import LinkGrid
+from propolis.server.membership import Membership
+from propolis.server.post import Post
+from propolis.server.report import CONFIG, result_of
+from propolis.settings import Settings
+from propolis.task import check_task, choose_device, load_task
+
+JOURNAL = "round.journal"
+NOBODY = "none"
+# Settings that are this machine's own, or that devices have no use for.
+_OURS = frozenset({"data", "device", "clients", "backend", "workers", "ray_cpus", "dropout", "partition"})
+_log = logging.getLogger("propolis.server")
+
+
+def serve(served: Served, passphrase: bytes | None = None, console: Console | None = None) -> dict[str, Any] | None:
+    """Run the job that `served` describes over the devices that connect.
+
+    Args:
+        served: what the process was told.
+        passphrase: of the private keys in the federation's folder.
+        console: where rounds are shown; None shows log lines alone.
+
+    Returns:
+        The content of result.json; None where a ServerApp of the user's took the place of the ready one.
+
+    Raises:
+        UsageError: something that was given is not usable; nothing has been written.
+        TooFewPeersError: too few devices came, or survived a round.
+        PropolisError: the run failed.
+        KeyboardInterrupt: somebody stopped it; the rounds completed so far are in the folder.
+    """
+    quiet_flower()
+    config = served.config
+    tls, membership = _ourselves(config, passphrase)
+    enrolment = _enrolment(config, membership, passphrase)
+    if config.app is not None:
+        app = load_server_app(config.app)
+        with _linked(config, served.run_config, tls, membership, enrolment) as (grid, link):
+            _wait_for_devices(link, served.settings.clients, config.wait_seconds)
+            app(grid, Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), dict(served.run_config)))
+        return None
+    return _run_ready(served, (tls, membership, enrolment), console)
+
+
+def load_server_app(reference: str) -> ServerApp:
+    """A user's ServerApp; raises UsageError when the reference leads to none."""
+    app = load_attribute(reference, "app")
+    if not isinstance(app, ServerApp):
+        raise UsageError(f"app '{reference}' is no ServerApp of Flower, it is a {type(app).__name__}")
+    return app
+
+
+def devices_config(settings: Settings) -> dict[str, UserConfigValue]:
+    """What devices are told of the run, as Flower's run configuration."""
+    told = settings.model_dump(exclude=set(_OURS), exclude_none=True)
+    return {name.replace("_", "-"): value for name, value in told.items()}
+
+
+def _ourselves(config: ServerConfig, passphrase: bytes | None) -> tuple[Tls, Membership]:
+    """The server's certificate and the federation, looked at before anything listens."""
+    folder = Path(config.federation)
+    tls, membership = load_tls(folder, passphrase), Membership(folder)
+    if (fault := fault_of(tls, time.time())) is not None:
+        raise UsageError(f"{folder}: {fault}")
+    return tls, membership
+
+
+def _enrolment(config: ServerConfig, membership: Membership, passphrase: bytes | None) -> Enrolment | None:
+    if config.enroll == NOBODY:
+        return None
+    authority = Authority.load(Path(config.federation), passphrase)
+    return Enrolment(membership, authority, f":{config.listen.rpartition(':')[2]}")
+
+
+def _run_ready(
+    served: Served, ends: tuple[Tls, Membership, Enrolment | None], console: Console | None
+) -> dict[str, Any]:
+    """The ready ServerApp over the devices that connect; a run that is complete is left as it is."""
+    settings, config, out = served.settings, served.config, Path(served.config.out)
+    require_same_run(out, settings)
+    task = load_task(settings.task, settings.data)
+    start = state_of_run(out, settings, task)
+    if start is not None and start.completed >= settings.rounds:
+        _log.info("the run in %s is complete: nothing is left to do", out)
+        return result_of(settings, start, "completed")
+    tls, membership, enrolment = ends
+    members = _members(settings, membership, out)
+    if members is not None:
+        require_feasible(settings, task, settings.clients, members.max_weight)
+    job = Job(task, check_task(task).test, choose_device(settings.device), members)
+    torch.set_num_threads(1)
+
+    def over(rounds: Rounds, _: threading.Event) -> None:
+        with _linked(config, devices_config(settings), tls, membership, enrolment) as (grid, link):
+            _wait_for_devices(link, settings.clients, config.wait_seconds)
+            rounds(grid)
+
+    begun_before = (out / CONFIG).is_file()  # and ended before its first round did
+    options = RunOptions(out, start is not None, begun_before, console, None if console else _log.name)
+    return run_job(settings, options, job, over)
+
+
+def _members(settings: Settings, membership: Membership, out: Path) -> Members | None:
+    if not settings.is_protected:
+        return None
+    if settings.max_weight is None:
+        raise UsageError("max_weight: say the largest number of examples that a device may have; devices cut off more")
+    roster = membership.roster
+    return Members(roster, settings.max_weight, newest=lambda: membership.roster, journal=out / JOURNAL)
+
+
+@contextmanager
+def _linked(
+    config: ServerConfig,
+    run_config: Mapping[str, UserConfigValue],
+    tls: Tls,
+    membership: Membership,
+    enrolment: Enrolment | None,
+) -> Iterator[tuple[LinkGrid, LinkServer]]:
+    """The grid over a link that is up meanwhile; devices are told how it ended."""
+    run_id = secrets.randbits(62) + 2
+    limit = config.largest_message * 2**20
+    enroll = None if enrolment is None else config.enroll
+    options = LinkOptions(config.listen, run_id, run_config, config.heartbeat, limit, enroll)
+    post = Post(limit, Spools())
+    with LinkServer(options, tls, membership, post, enrolment) as link:
+        _log.info("listening", extra={"port": link.port, "enroll_port": link.enroll_port or None})
+        yield LinkGrid(post, link.wake, run_id), link
+
+
+def _wait_for_devices(link: LinkServer, count: int, seconds: float) -> None:
+    """Wait until enough devices are connected.
+
+    Raises:
+        TooFewPeersError: they did not come in time.
+    """
+    _log.info("waiting for devices", extra={"needed": count})
+    found = link.wait_for_devices(count, seconds)
+    if found < count:
+        raise TooFewPeersError(f"{found} devices connected within {seconds:g} s, {count} are needed")
