@@ -43,7 +43,10 @@ def enroll_command(
     ] = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the server.", min=1, max=3600)] = 30,
 ) -> None:
-    """Join a federation with a one-time token. If it is interrupted, run it again."""
+    """Join a federation with a one-time token.
+
+    If it is interrupted, run it again.
+    """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would stand beside our one line
     from propolis.client.enroll import Enrolling, enroll
     from propolis.link.address import Address

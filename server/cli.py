@@ -42,7 +42,10 @@ def init(
     passphrase_file: PassphraseFlag = None,
     server_passphrase_file: ServerPassphraseFlag = None,
 ) -> None:
-    """Make a federation: its root's key, its roster, and what its server needs."""
+    """Make a new federation.
+
+    Its root's key, its roster, and the folder `server` with all that its server needs.
+    """
     from propolis.link.keys import passphrase_of
     from propolis.server.foundation import Foundation, found
 
@@ -70,7 +73,10 @@ def invite(
     ] = False,
     passphrase_file: PassphraseFlag = None,
 ) -> None:
-    """Print the one-time token of a device; again the same one, as long as it is valid."""
+    """Print the one-time token of a device.
+
+    For as long as it is valid, the same one again.
+    """
     from propolis.link.keys import passphrase_of
     from propolis.server.federation import Federation
 
@@ -87,7 +93,10 @@ def list_members(
     folder: FolderArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
-    """List the devices, as far as this folder knows: those of the server's know who has enrolled."""
+    """List the devices.
+
+    As far as this folder knows: the server's knows who has enrolled.
+    """
     from propolis.server.federation import Federation
 
     members = Federation(folder).members(time.time())
@@ -103,7 +112,7 @@ def list_members(
 
 @federation_app.command("revoke")
 def revoke(folder: FolderArgument, name: NameArgument, passphrase_file: PassphraseFlag = None) -> None:
-    """Take a device out of the federation, for good."""
+    """Take a device out, for good."""
     from propolis.link.keys import passphrase_of
     from propolis.server.federation import Federation
 
@@ -127,7 +136,10 @@ def renew(
     passphrase_file: PassphraseFlag = None,
     server_passphrase_file: ServerPassphraseFlag = None,
 ) -> None:
-    """Sign the roster, or issue the server's certificate, for another year."""
+    """Make the roster last longer.
+
+    With --server-cert, the server's certificate instead.
+    """
     from propolis.link.keys import passphrase_of
     from propolis.secure.errors import UsageError
     from propolis.server.federation import Federation
