@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench fuzz
+.PHONY: help demo test check bench fuzz soak
 
 help: ## Say what the targets do.
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ bench: $(VENV)/.dev ## Run the benchmarks (most of an hour).
 
 fuzz: $(VENV)/.dev ## Feed 100,000 random and mutated messages of each type to both roles (minutes).
 	PROPOLIS_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/attacks/test_fuzz.py
+
+soak: $(VENV)/.dev ## Kill server and devices twenty times each in one run (many minutes).
+	PROPOLIS_SOAK_KILLS=20 $(BIN)/python -m pytest tests/integration/test_link_crashes.py
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, %s is %d.%d: make PYTHON=python3.11" % ("$(PYTHON)", *v))'

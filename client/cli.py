@@ -87,6 +87,7 @@ def run_command(
     task: Annotated[str | None, _flag("task")] = None,
     data: Annotated[str | None, _flag("data")] = None,
     device: Annotated[str | None, _flag("device")] = None,
+    threads: Annotated[int | None, _flag("threads")] = None,
     client_flower_app: Annotated[str | None, _flag("app")] = None,
     node_config: Annotated[
         str, typer.Option("--node-config", help="KEY=VALUE pairs of Flower's node configuration; policies are some.")
@@ -109,6 +110,7 @@ def run_command(
         "task": task,
         "data": data,
         "device": device,
+        "threads": threads,
         "app": client_flower_app,
         "largest_message": largest_message,
         "log_format": log_format,

@@ -29,6 +29,7 @@ class ClientConfig(BaseModel):
     task: str | None = Field(None, description="Task of the ready app: built-in, or MODULE:CLASS installed here.")
     data: str | None = Field(None, description="The device's own data, which the task reads.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    threads: int = Field(1, ge=0, le=1024, description="Threads that the ready app trains with; 0 leaves it to torch.")
     app: str | None = Field(None, description="MODULE:NAME of a Flower ClientApp to run in place of the ready one.")
     largest_message: int = Field(4096, ge=1, le=_LARGEST_MB, description="Largest request of the server, in MiB.")
     log_format: Literal["text", "json"] = Field("text", description="How the log is written to standard error.")

@@ -73,7 +73,7 @@ def attend(folder: Path, config: ClientConfig, attendance: Attendance, passphras
     )
     with _alone(folder):
         worker = Worker()
-        asyncio.run(_run(Agent(options, tls, runner, worker, Spools())))
+        asyncio.run(_run(Agent(options, tls, runner, worker, Spools(folder))))
         return worker.is_busy
 
 
@@ -90,7 +90,7 @@ def _ready_app(config: ClientConfig) -> ClientApp:
 
     if config.task is None or config.data is None:
         raise UsageError("the ready app needs a task and the device's data: give --task and --data, or an --app")
-    return ready_app(config.task, Path(config.data), config.device)
+    return ready_app(config.task, Path(config.data), config.device, config.threads)
 
 
 async def _run(agent: Agent) -> None:

@@ -50,7 +50,7 @@ class Members:
         max_weight: largest number of examples that one of them may have; public.
         newest: the roster as it is now, where it may change during the run.
         journal: see `SecureGrid`.
-        seed: of the codec's public randomness, in a simulation that is to be repeated; None: new every round.
+        seed: of the codec's public randomness, for a run that can be repeated; None: new every round.
     """
 
     roster: TrustedRoster

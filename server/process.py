@@ -136,7 +136,9 @@ def _members(settings: Settings, membership: Membership, out: Path) -> Members |
     if settings.max_weight is None:
         raise UsageError("max_weight: say the largest number of examples that a device may have; devices cut off more")
     roster = membership.roster
-    return Members(roster, settings.max_weight, newest=lambda: membership.roster, journal=out / JOURNAL)
+    # Devices are told the codec's randomness anyway; from the seed, a run that crashed goes on as if it had not.
+    seed, journal = settings.seed, out / JOURNAL
+    return Members(roster, settings.max_weight, seed, newest=lambda: membership.roster, journal=journal)
 
 
 @contextmanager
@@ -152,7 +154,9 @@ def _linked(
     limit = config.largest_message * 2**20
     enroll = None if enrolment is None else config.enroll
     options = LinkOptions(config.listen, run_id, run_config, config.heartbeat, limit, enroll)
-    post = Post(limit, Spools())
+    folder = Path(config.out)  # large replies wait there, on a disk, and not in memory as in some /tmp
+    folder.mkdir(parents=True, exist_ok=True)
+    post = Post(limit, Spools(folder))
     with LinkServer(options, tls, membership, post, enrolment) as link:
         _log.info("listening", extra={"port": link.port, "enroll_port": link.enroll_port or None})
         yield LinkGrid(post, link.wake, run_id), link

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from propolis.client.config import SETTINGS_FILE, load_client_config
 from propolis.client.state import policy_of
-from propolis.logs import LOG_FORMATS
-from propolis.settings import Settings
+from propolis.server.config import load_served
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -123,17 +123,16 @@ def test_the_image_installs_torch_first_and_every_room() -> None:
 
 
 def test_the_servers_settings_are_valid() -> None:
-    settings = toml("server.toml")
-    server = settings.pop("server")
-    assert Settings(**settings).is_protected
-    assert server["log_format"] in LOG_FORMATS
-    assert server["wait_for"] >= settings["min_clients"]
+    served = load_served(DEPLOY / "server.toml", {})
+    assert served.settings.is_protected
+    assert served.settings.max_weight is not None
+    assert served.settings.clients == served.config.wait_for
     state = "/var/lib/propolis/"
-    assert all(server[key].startswith(state) for key in ("federation", "out"))
+    assert all(folder.startswith(state) for folder in (served.config.federation, served.config.out))
 
 
-def test_the_devices_policy_is_valid() -> None:
-    settings = toml("client.toml")
-    assert settings.pop("log_format") in LOG_FORMATS
-    assert policy_of(settings.pop("node")).min_cohort == 3
-    assert settings == {}
+def test_the_devices_settings_are_valid(tmp_path: Path) -> None:
+    (tmp_path / SETTINGS_FILE).write_text('server = "cloud.example:7441"\n')
+    config = load_client_config(tmp_path, DEPLOY / "client.toml", {}, "")
+    assert policy_of(config.node).min_cohort == 3
+    assert config.server == "cloud.example:7441"

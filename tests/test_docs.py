@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import Command
+from pydantic import BaseModel
 
 from propolis.cli import app
+from propolis.client.config import ClientConfig
 from propolis.client.state import _POLICY_KEYS
+from propolis.server.config import SIMULATED_ONLY, ServerConfig
 from propolis.server.roster import load_roster
 from propolis.settings import Settings
 
@@ -30,19 +33,39 @@ def known_flags(*path: str) -> set[str]:
     return {flag for parameter in command.params for flag in parameter.opts}
 
 
-def test_every_flag_is_documented_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| (.*) \|$", README, re.MULTILINE))
-    assert set(rows) == known_flags("simulate") - {"--help"}
-    for name, field in Settings.model_fields.items():
-        if field.default is not None:
+def table_of_flags(header: str) -> dict[str, str]:
+    """The rows of the README's table whose first column is called so."""
+    _, found, rest = README.partition(f"\n| {header} | meaning |\n")
+    assert found, header
+    return dict(re.findall(r"^\| `(--[a-z-]+)` \| (.*) \|$", rest.split("\n\n")[0], re.MULTILINE))
+
+
+def require_defaults(rows: dict[str, str], model: type[BaseModel]) -> None:
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, (str, int, float)):
             assert rows[f"--{name.replace('_', '-')}"].endswith(f" (`{field.default}`)")
+
+
+def test_every_flag_is_documented_with_its_default() -> None:
+    rows = table_of_flags("flag")
+    assert set(rows) == known_flags("simulate") - {"--help"}
+    require_defaults(rows, Settings)
+
+
+def test_every_flag_of_the_processes_is_documented_with_its_default() -> None:
+    server, client = table_of_flags("flag of `propolis server`"), table_of_flags("flag of `propolis client run`")
+    settings = {f"--{name.replace('_', '-')}" for name in Settings.model_fields.keys() - SIMULATED_ONLY}
+    assert set(server) == known_flags("server") - {"--help"} - settings
+    assert set(client) == known_flags("client", "run") - {"--help"}
+    require_defaults(server, ServerConfig)
+    require_defaults(client, ClientConfig)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_flags_in_the_pages_exist(page: Path) -> None:
-    for line in re.findall(r"propolis (?:simulate|bench|federation|client)\b[^`\n|]*", page.read_text()):
+    for line in re.findall(r"propolis (?:simulate|server|bench|federation|client)\b[^`\n|]*", page.read_text()):
         words = shlex.split(line.split("#")[0].rstrip(".;,"))
-        depth = 3 if words[1] != "simulate" and len(words) > 2 else 2
+        depth = 3 if words[1] not in ("simulate", "server") and len(words) > 2 else 2
         flags = {word for word in words if word.startswith("--")}
         assert flags <= known_flags(*words[1:depth]), line
 

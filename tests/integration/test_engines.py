@@ -15,17 +15,12 @@ from typing import Any
 
 import pytest
 
+from harness import free_port
 from propolis.simulations.federation import make_federation, write_federation
 
 ROOT = Path(__file__).resolve().parents[2]
 FLWR = Path(sys.executable).with_name("flwr")
 END_AFTER_S = 240
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_the_ray_backend_gives_the_same_result_file(tmp_path: Path) -> None:
