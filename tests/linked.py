@@ -55,11 +55,18 @@ class Devices:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
     def start(
-        self, folder: Path, server: str, app: ClientApp | None = None, worker: Worker | None = None, **options: Any
+        self,
+        folder: Path,
+        server: str,
+        app: ClientApp | None = None,
+        worker: Worker | None = None,
+        node_config: dict[str, Any] | None = None,
+        **options: Any,
     ) -> int:
         """Run the agent of the device in a folder; its place among `agents` and `futures`."""
         tls = load_tls(folder)
-        runner = AppRunner(app or echo_app(), DeviceName.of(tls.certificate).node_id, {"folder": str(folder)})
+        node_config = node_config or {"folder": str(folder)}
+        runner = AppRunner(app or echo_app(), DeviceName.of(tls.certificate).node_id, node_config)
 
         async def make() -> Agent:
             chosen = AgentOptions(server, longest_pause=0.5, **options)

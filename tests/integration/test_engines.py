@@ -45,10 +45,10 @@ def test_the_ray_backend_gives_the_same_result_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [[], ["--prune", "0.5", "--codec", "thin"]], ids=str)
-def test_secure_sums_are_the_same_on_ray(tmp_path: Path, changes: list[str]) -> None:
+def test_secure_sums_are_the_same_on_every_backend(tmp_path: Path, changes: list[str]) -> None:
     """Masks and keys differ in every run; the sum is exact, whoever was first, and rounding is seeded."""
     losses, models = [], []
-    for backend in ("local", "ray"):
+    for backend in ("local", "ray", "link"):
         flags = ["--clients", "4", "--rounds", "2", "--protection", "secagg", "--backend", backend]
         flags += [*changes, "--out", backend]
         done = subprocess.run(
@@ -57,8 +57,8 @@ def test_secure_sums_are_the_same_on_ray(tmp_path: Path, changes: list[str]) -> 
         )  # fmt: skip
         losses.append([record["loss"] for record in json.loads(done.stdout)["history"]])
         models.append((tmp_path / backend / "model.safetensors").read_bytes())
-    assert losses[0] == losses[1]
-    assert models[0] == models[1]
+    assert losses[0] == losses[1] == losses[2]
+    assert models[0] == models[1] == models[2]
 
 
 @pytest.fixture
