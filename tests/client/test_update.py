@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def test_a_message_outside_of_the_protocol_is_refused_and_the_app_hears_nothing(
 
     assert code_of(ask(content, kind, work)) is Refusal.UNPROTECTED
     assert not asked
+
+
+def test_the_owner_may_let_the_server_see_this_devices_own_values() -> None:
+    """Then the app answers outside of secure rounds, and in one it is protected as ever."""
+    owned = replace(SIMULATED, allow_unprotected=True)
+    hive = Hive(3, policy=owned)
+    reply = ask(RecordDict({"arrays": record(MODEL)}), hive=hive)
+    np.testing.assert_allclose(arrays_of(reply)["w"], MODEL["w"] + shift(1))
+    require_mean(hive.round(), range(3))
+    assert code_of(ask(malformed(nonsense=b"x"), hive=hive)) is Refusal.MALFORMED
 
 
 def malformed(**values: Any) -> RecordDict:
