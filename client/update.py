@@ -82,7 +82,7 @@ class SecureMod:
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """See `flwr.clientapp.typing.Mod`."""
-        if RECORD not in message.content and self._lets_through(context):
+        if message.has_content() and RECORD not in message.content and self._lets_through(context):
             return call_next(message, context)
         try:
             exchange, request = open_record(message.content)
