@@ -37,6 +37,9 @@ from propolis.secure.wire import FORMAT_VERSION
 
 _WELCOME_S, _FAREWELL_S = 20.0, 1.0
 _MISSED_BEATS = 3
+# A connection that lasts as long was a good one; after shorter ones the pauses grow, or a thousand devices that are
+# welcomed and lost again would knock all the time.
+_STABLE_S = 10.0
 # After these there is nothing to try again.
 _FINAL = frozenset({Reason.REPLACED, Reason.IDENTITY, Reason.VERSION})
 _log = logging.getLogger("propolis.link")
@@ -99,10 +102,12 @@ class Agent:
         """
         attempt, gone_since = 0, time.monotonic()
         while not self._stopped.is_set():
-            welcomed_before = self.connections
+            welcomed_before, began = self.connections, time.monotonic()
             last = await self._session()
             if self.connections > welcomed_before:
-                attempt, gone_since = 0, time.monotonic()
+                gone_since = time.monotonic()
+            if time.monotonic() - began > _STABLE_S:
+                attempt = 0
             if last.reason in _FINAL:
                 raise RefusedByServerError(f"the server at {self._options.server} refused this device: {last.detail}")
             if self._options.once and last.reason == Reason.RUN_OVER:
@@ -174,7 +179,7 @@ class Agent:
     def _welcomed(self, welcome: Welcome) -> None:
         try:
             config = json.loads(welcome.run_config)
-        except ValueError:
+        except (ValueError, RecursionError):
             config = None
         if not isinstance(config, dict) or any(not isinstance(v, (bool, int, float, str)) for v in config.values()):
             raise PeerError(Refusal.MALFORMED, "the run configuration is no table of scalars")
@@ -235,7 +240,7 @@ class Agent:
         """In the worker's thread: let the app answer, and hand its reply over."""
         reply = None
         try:
-            if not job.is_void:
+            if not job.is_void and job.request is not None:
                 reply = self._runner.answer(job.request.header(), job.request.parts())
         except ValueError as error:
             _log.warning("dropped a request: %s", error)

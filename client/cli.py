@@ -15,6 +15,8 @@ from propolis.secure.errors import UsageError
 client_app = typer.Typer(help="A device of a federation.", no_args_is_help=True)
 
 _LONGEST_TOKEN = 8192
+# The thread that a device's app works in. Python cannot end it: a process that has it leaves without waiting.
+APP_THREAD = "propolis-app"
 
 
 def _flag(name: str) -> Any:
@@ -125,6 +127,4 @@ def run_command(
     passphrase = passphrase_of(passphrase_file)
     if passphrase is not None:  # the mod of an app opens the device's state with it
         os.environ[PASSPHRASE_VARIABLE] = passphrase.decode()
-    if attend(folder, told, Attendance(once, patience), passphrase):
-        sys.stderr.flush()
-        os._exit(0)  # Python cannot end the thread that trains
+    attend(folder, told, Attendance(once, patience), passphrase)

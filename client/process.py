@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from propolis.link.certificates import DeviceName, fault_of, load_tls
 from propolis.link.spool import Spools
 from propolis.references import load_attribute
 from propolis.secure.errors import UsageError
+from propolis.storage import alone
 
 _PROCESS_LOCK = "agent.lock"
 _log = logging.getLogger("propolis.client")
@@ -42,17 +39,14 @@ class Attendance:
     patience: float = 60.0
 
 
-def attend(folder: Path, config: ClientConfig, attendance: Attendance, passphrase: bytes | None = None) -> bool:
-    """Serve the federation as the device in a folder.
+def attend(folder: Path, config: ClientConfig, attendance: Attendance, passphrase: bytes | None = None) -> None:
+    """Serve the federation as the device in a folder; the app may still be at work when this ends.
 
     Args:
         folder: the device's.
         config: what it was told.
         attendance: how long.
         passphrase: of its keys and its state.
-
-    Returns:
-        Whether the app is still at work; the process then has to end without waiting for it.
 
     Raises:
         UsageError: something that was given is not usable.
@@ -71,10 +65,8 @@ def attend(folder: Path, config: ClientConfig, attendance: Attendance, passphras
     options = AgentOptions(
         config.server, attendance.once, attendance.patience, largest_message=config.largest_message * 2**20
     )
-    with _alone(folder):
-        worker = Worker()
-        asyncio.run(_run(Agent(options, tls, runner, worker, Spools(folder))))
-        return worker.is_busy
+    with alone(folder / _PROCESS_LOCK, f"another process is this device already: it runs with {folder}"):
+        asyncio.run(_run(Agent(options, tls, runner, Worker(), Spools(folder))))
 
 
 def load_client_app(reference: str) -> ClientApp:
@@ -106,16 +98,3 @@ async def _run(agent: Agent) -> None:
     await agent.run()
     if stopped_by:
         raise KeyboardInterrupt
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two processes of one device would put each other out of the federation, again and again."""
-    descriptor = os.open(folder / _PROCESS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UsageError(f"another process is this device already: it runs with {folder}") from None
-    finally:
-        os.close(descriptor)

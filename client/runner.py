@@ -8,11 +8,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfigValue
 from flwr.clientapp import ClientApp
 
-from propolis.flower import failed_reply, join_message, part_content, part_metadata, set_identity, set_message_id
+from propolis.client.cli import APP_THREAD
+from propolis.flower import error_header, join_message, part_content, part_metadata, set_identity, set_message_id
+from propolis.link.frames import LARGEST_HEADER
 from propolis.link.transfers import Body
 
 _log = logging.getLogger("propolis.client")
@@ -43,17 +45,34 @@ class AppRunner:
         Raises:
             ValueError: the request is no message, or not this device's.
         """
-        message = join_message(header, parts)
-        if self._context is None or message.metadata.dst_node_id != self._node_id:
-            raise ValueError("the request is for another device")
         try:
-            reply = self._app(message, self._context)
+            message = join_message(header, parts)
+        except (OSError, MemoryError) as error:
+            _log.error("cannot read a request: %s", error)
+            return Body(error_header("the device could not read the request; its log says more"), ())
+        context = self._context
+        if context is None or (message.metadata.dst_node_id, message.metadata.run_id) != (
+            self._node_id,
+            context.run_id,
+        ):
+            raise ValueError("the request is for another device or run")
+        try:
+            return _body_of(self._app(message, context))
         except BaseException as error:  # the user's own code, and it may call sys.exit
             _log.exception("the app failed")
-            reply = failed_reply(message, f"the app raised {type(error).__name__}; the device's log says more")
-        set_message_id(reply, os.urandom(16).hex())
-        content = part_content(reply.content) if reply.has_content() else None
-        return Body(part_metadata(reply) + (content.header if content else b""), content.parts if content else ())
+            return Body(error_header(f"the app raised {type(error).__name__}; the device's log says more"), ())
+
+
+def _body_of(reply: Message) -> Body:
+    """An app's reply as it travels."""
+    if not isinstance(reply, Message):
+        raise TypeError(f"the app answered {type(reply).__name__}, not a Message")
+    set_message_id(reply, os.urandom(16).hex())
+    content = part_content(reply.content) if reply.has_content() else None
+    header = part_metadata(reply) + (content.header if content else b"")
+    if len(header) > LARGEST_HEADER:
+        raise ValueError(f"the reply has {len(header)} bytes besides its arrays, the link takes {LARGEST_HEADER}")
+    return Body(header, content.parts if content else ())
 
 
 class Worker:
@@ -68,7 +87,7 @@ class Worker:
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.is_busy = False
-        threading.Thread(target=self._work, name="propolis-app", daemon=True).start()
+        threading.Thread(target=self._work, name=APP_THREAD, daemon=True).start()
 
     def submit(self, task: Callable[[], None]) -> None:
         """Do this after what was submitted before."""
@@ -78,5 +97,8 @@ class Worker:
         while True:
             task = self._tasks.get()
             self.is_busy = True
-            task()
+            try:
+                task()
+            except BaseException:  # a bug of ours: one task is lost, and not the device
+                _log.exception("a task failed")
             self.is_busy = False

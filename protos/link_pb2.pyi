@@ -182,6 +182,7 @@ class Farewell(_message.Message):
         TOO_LARGE: _ClassVar[Farewell.Reason]
         SILENT: _ClassVar[Farewell.Reason]
         VERSION: _ClassVar[Farewell.Reason]
+        UNSURE: _ClassVar[Farewell.Reason]
     UNSPECIFIED: Farewell.Reason
     RUN_OVER: Farewell.Reason
     SHUTDOWN: Farewell.Reason
@@ -192,6 +193,7 @@ class Farewell(_message.Message):
     TOO_LARGE: Farewell.Reason
     SILENT: Farewell.Reason
     VERSION: Farewell.Reason
+    UNSURE: Farewell.Reason
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     reason: Farewell.Reason

@@ -175,7 +175,8 @@ class Courier:
         if request is None:
             if self._ended.get(begin.id, True):
                 raise PeerError(Refusal.REPEATED, "a reply to a request that is not waiting for one")
-            self._dropping = True  # it was on its way when we stopped waiting
+            self._dropping = True  # it was on its way when we stopped waiting; that happens once
+            self._ended[begin.id] = True
             return None
         if request.reply is not None:
             request.reply.go_on(begin)
@@ -210,6 +211,8 @@ class Courier:
 
     def _answered(self, request: Request, note: Frame, *, taken: bool) -> Request:
         del self._requests[request.id]
+        if self._sending is not None and self._sending[0] is request:  # the device has no use for the rest of it
+            self._sending = None
         self._end(request.id, taken=taken)
         self._notes.append(note)
         return request

@@ -19,9 +19,9 @@ from flwr.app.user_config import UserConfigValue
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from propolis.link.certificates import Tls
-from propolis.link.frames import Farewell, Reason, Welcome, farewell
+from propolis.link.frames import Farewell, Reason, Welcome, decode_frame, encode_frame, farewell
 from propolis.link.options import METHOD, SERVER_OPTIONS, SERVICE
-from propolis.secure.errors import UsageError
+from propolis.secure.errors import PeerError, UsageError
 from propolis.server.enroll import Enrolment, make_enrolment_server
 from propolis.server.membership import Membership
 from propolis.server.post import Post
@@ -121,6 +121,7 @@ class LinkServer:
             self._loop.run_until_complete(self._serve())
         except BaseException as error:
             self._error = error
+            self._post.died(error)
             if self._started.is_set():
                 _log.exception("the link has failed")
         finally:
@@ -131,7 +132,7 @@ class LinkServer:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._streams.connect)  # without a serialiser frames are bytes
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-        status = health.aio.HealthServicer()
+        status = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         credentials = grpc.ssl_server_credentials(
             [(self._tls.private_key, self._tls.certificate)], self._tls.authority, require_client_auth=True
@@ -161,12 +162,28 @@ class LinkServer:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            self._streams.sweep()
+            try:
+                self._streams.sweep()
+            except OSError:  # a full disk, or no file left to open: it may pass
+                _log.exception("cannot look after the streams")
 
 
 def _welcome(options: LinkOptions, post: Post) -> Welcome:
     config = json.dumps(dict(options.run_config)).encode()
-    return Welcome(post.process, options.beat_seconds, options.largest_message, options.run_id, config, ())
+    welcome = Welcome(post.process, options.beat_seconds, options.largest_message, options.run_id, config, ())
+    try:
+        decode_frame(encode_frame(welcome))
+    except PeerError as error:
+        raise UsageError(f"devices would refuse the run's configuration: {error}") from None
+    return welcome
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """gRPC's health checks, one at a time: whoever has a certificate could watch with many streams for ever."""
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Not offered."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Check")
 
 
 def _bind(server: Any, address: str, credentials: grpc.ServerCredentials) -> int:

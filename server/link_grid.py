@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from propolis.flower import Run, join_message, make_run, set_identity, set_message_id, unavailable_reply
+from propolis.link.frames import ID_BYTES
 from propolis.server.courier import Request
 from propolis.server.exchange import exchange
 from propolis.server.post import Post
@@ -62,7 +64,7 @@ class LinkGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies that have come whole, each read when it is asked for; an error where none will come."""
-        for message_id in message_ids:
+        for message_id in self._post.ended(message_ids):
             if (request := self._post.take(message_id)) is not None:
                 yield _message_of(request)
 
@@ -85,5 +87,5 @@ def _message_of(request: Request) -> Message:
         return unavailable_reply(request.message, f"the device's reply is broken: {error}")
     finally:
         request.drop_reply()
-    set_message_id(reply, request.id[::-1].hex())
+    set_message_id(reply, os.urandom(ID_BYTES).hex())
     return reply

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from flwr.app import Message, RecordDict
 
 from propolis.flower import Parted, part_content, part_metadata, set_message_id
-from propolis.link.frames import ID_BYTES, PROCESS_BYTES, Frame, Hello, Progress
+from propolis.link.frames import ID_BYTES, LARGEST_HEADER, PROCESS_BYTES, Frame, Hello, Progress
 from propolis.link.spool import Spools
 from propolis.link.transfers import Body
+from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.courier import Courier, Request
 
 # A reply that nobody has pulled for so long after its time is forgotten.
@@ -35,29 +36,30 @@ class Post:
         self._requests: dict[str, Request] = {}
         self._changed = threading.Condition()
         self._arrivals = self._seen = 0
+        self._death: BaseException | None = None
 
     def node_ids(self) -> list[int]:
         """The devices that are connected and not busy with something that nobody waits for."""
         with self._changed:
+            self._require_alive()
             return sorted(node_id for node_id in self._connected if self._couriers[node_id].is_free)
 
     def push(self, messages: Iterable[Message]) -> list[str]:
         """Give each message an id and send it, now or when its device is there; its time to live starts now."""
-        now, ids = time.monotonic(), []
-        last: RecordDict | None = None
-        content = Parted(b"", ())
+        requests = list(_requests_for(messages))  # which takes its time, and the link goes on meanwhile
         with self._changed:
-            for message in messages:
-                message_id = os.urandom(ID_BYTES)
-                set_message_id(message, message_id.hex())
-                if message.has_content() and message.content is not last:  # a strategy sends one model to many
-                    last, content = message.content, part_content(message.content)
-                body = Body(part_metadata(message) + content.header, content.parts)
-                request = Request(message_id, message, body, now + message.metadata.ttl)
-                self._requests[message_id.hex()] = request
+            self._require_alive()
+            for request in requests:
+                self._requests[request.id.hex()] = request
                 self._courier(request.node_id).submit(request)
-                ids.append(message_id.hex())
-        return ids
+        return [request.id.hex() for request in requests]
+
+    def ended(self, message_ids: Iterable[str]) -> list[str]:
+        """Those of the requests that have ended and were not taken yet."""
+        with self._changed:
+            self._require_alive()
+            found = ((message_id, self._requests.get(message_id)) for message_id in message_ids)
+            return [message_id for message_id, request in found if request is not None and request.is_answered]
 
     def take(self, message_id: str) -> Request | None:
         """An ended request, each once: see `Request.is_answered`. None: it still waits, or was taken."""
@@ -72,6 +74,7 @@ class Post:
         with self._changed:
             self._changed.wait_for(lambda: self._arrivals != self._seen, timeout)
             self._seen = self._arrivals
+            self._require_alive()
 
     def wait_for_nodes(self, count: int, deadline: float) -> int:
         """Wait until so many devices are connected, or the monotonic clock shows `deadline`; their number."""
@@ -79,6 +82,12 @@ class Post:
             with self._changed:
                 self._changed.wait(min(0.2, max(0.0, deadline - time.monotonic())))
         return len(found)
+
+    def died(self, error: BaseException) -> None:
+        """The link has ended by itself: whoever waits for replies waits in vain, and is told."""
+        with self._changed:
+            self._death = error
+            self._notify()
 
     def connected(self, node_id: int, hello: Hello) -> tuple[Progress, ...]:
         """A device's stream begins; see `Courier.connected`."""
@@ -127,6 +136,30 @@ class Post:
             self._couriers[node_id] = Courier(self._limit, self._spools)
         return self._couriers[node_id]
 
+    def _require_alive(self) -> None:
+        if self._death is not None:
+            raise PropolisError(f"the link has failed: {self._death}")
+
     def _notify(self) -> None:
         self._arrivals += 1
         self._changed.notify_all()
+
+
+def _requests_for(messages: Iterable[Message]) -> Iterator[Request]:
+    """The messages with their new ids, in the form in which they travel; a content that many share is parted once."""
+    last: RecordDict | None = None
+    content = Parted(b"", ())
+    for message in messages:
+        message_id = os.urandom(ID_BYTES)
+        set_message_id(message, message_id.hex())
+        if not message.has_content():
+            content, last = Parted(b"", ()), None
+        elif message.content is not last:
+            last, content = message.content, part_content(message.content)
+        body = Body(part_metadata(message) + content.header, content.parts)
+        if len(body.header) > LARGEST_HEADER:
+            raise UsageError(
+                f"a message has {len(body.header)} bytes besides its arrays, the link takes {LARGEST_HEADER}: "
+                "put large values into arrays"
+            )
+        yield Request(message_id, message, body, time.monotonic() + message.metadata.ttl)

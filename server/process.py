@@ -33,9 +33,11 @@ from propolis.server.membership import Membership
 from propolis.server.post import Post
 from propolis.server.report import CONFIG, result_of
 from propolis.settings import Settings
+from propolis.storage import alone
 from propolis.task import check_task, choose_device, load_task
 
 JOURNAL = "round.journal"
+_PROCESS_LOCK = "server.lock"
 NOBODY = "none"
 # Settings that are this machine's own, or that devices have no use for.
 _OURS = frozenset({"data", "device", "clients", "backend", "workers", "ray_cpus", "dropout", "partition"})
@@ -60,16 +62,23 @@ def serve(served: Served, passphrase: bytes | None = None, console: Console | No
         KeyboardInterrupt: somebody stopped it; the rounds completed so far are in the folder.
     """
     quiet_flower()
-    config = served.config
+    config, out = served.config, Path(served.config.out)
     tls, membership = _ourselves(config, passphrase)
     enrolment = _enrolment(config, membership, passphrase)
-    if config.app is not None:
-        app = load_server_app(config.app)
-        with _linked(config, served.run_config, tls, membership, enrolment) as (grid, link):
-            _wait_for_devices(link, served.settings.clients, config.wait_seconds)
-            app(grid, Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), dict(served.run_config)))
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out / _PROCESS_LOCK, f"another server works in {out}: name another folder"):
+        if config.app is None:
+            return _run_ready(served, (tls, membership, enrolment), console)
+        _run_app(load_server_app(config.app), served, (tls, membership, enrolment))
         return None
-    return _run_ready(served, (tls, membership, enrolment), console)
+
+
+def _run_app(app: ServerApp, served: Served, ends: tuple[Tls, Membership, Enrolment | None]) -> None:
+    """A user's ServerApp over the devices that connect."""
+    config = served.config
+    with _linked(config, served.run_config, *ends) as (grid, link):
+        _wait_for_devices(link, served.settings.clients, config.wait_seconds)
+        app(grid, Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), dict(served.run_config)))
 
 
 def load_server_app(reference: str) -> ServerApp:
@@ -154,9 +163,7 @@ def _linked(
     limit = config.largest_message * 2**20
     enroll = None if enrolment is None else config.enroll
     options = LinkOptions(config.listen, run_id, run_config, config.heartbeat, limit, enroll)
-    folder = Path(config.out)  # large replies wait there, on a disk, and not in memory as in some /tmp
-    folder.mkdir(parents=True, exist_ok=True)
-    post = Post(limit, Spools(folder))
+    post = Post(limit, Spools(Path(config.out)))  # large replies wait on a disk, and not in memory as in some /tmp
     with LinkServer(options, tls, membership, post, enrolment) as link:
         _log.info("listening", extra={"port": link.port, "enroll_port": link.enroll_port or None})
         yield LinkGrid(post, link.wake, run_id), link

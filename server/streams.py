@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +26,7 @@ from propolis.link.frames import (
     encode_frame,
     farewell,
 )
-from propolis.secure.errors import PeerError, Refusal, RefusedError, TrustError
+from propolis.secure.errors import PeerError, Refusal, RefusedError, TrustError, UsageError
 from propolis.secure.wire import FORMAT_VERSION
 from propolis.server.membership import Membership
 from propolis.server.post import Post
@@ -33,6 +34,10 @@ from propolis.server.post import Post
 _HELLO_S, FAREWELL_S = 10.0, 2.0
 _MISSED_BEATS = 3
 LARGEST_SKEW_S = 600
+# An honest device waits longer and longer between attempts.
+_MOST_HELLOS, _HELLOS_IN_S = 20, 10.0
+# A roster ends without changing; so now and then everybody is looked at.
+_CHECK_S = 10.0
 _log = logging.getLogger("propolis.link")
 
 
@@ -68,6 +73,8 @@ class Streams:
         self._welcome, self._membership, self._post = welcome, membership, post
         self._open: dict[int, _Stream] = {}
         self._every: set[_Stream] = set()  # those too whose device has a newer one
+        self._checked = (membership.roster.number, time.monotonic())
+        self._hellos: dict[int, deque[float]] = {}
 
     def wake(self, node_ids: Iterable[int]) -> None:
         """There is something to send to these devices."""
@@ -77,10 +84,10 @@ class Streams:
 
     async def end_all(self, frame: Farewell) -> None:
         """End every stream, and wait until they have."""
-        for stream in self._open.values():
-            stream.end(frame)
         deadline = time.monotonic() + 2 * FAREWELL_S
         while self._every and time.monotonic() < deadline:
+            for stream in self._every:  # those too that begin meanwhile
+                stream.end(frame)
             await asyncio.sleep(0.02)
 
     async def connect(self, _: Any, context: Any) -> None:
@@ -123,12 +130,20 @@ class Streams:
             raise _RefusedStreamError(Reason.VERSION, f"version {hello.version} of the link; this is {FORMAT_VERSION}")
         if hello.node_id != name.node_id:
             raise _RefusedStreamError(Reason.IDENTITY, "the node id is not that of the certificate")
+        self._require_patience(name)
         self._membership.require(name)
         skew = hello.clock - time.time()
         if abs(skew) > LARGEST_SKEW_S:
             side = "ahead of" if skew > 0 else "behind"
             raise _RefusedStreamError(Reason.CLOCK, f"the device's clock is {abs(skew):.0f} s {side} the server's")
         return _Stream(name, hello)
+
+    def _require_patience(self, name: DeviceName) -> None:
+        """A device that connects again and again costs the others nothing but this."""
+        now, recent = time.monotonic(), self._hellos.setdefault(name.index, deque(maxlen=_MOST_HELLOS))
+        if len(recent) == _MOST_HELLOS and now - recent[0] < _HELLOS_IN_S:
+            raise _RefusedStreamError(Reason.UNSURE, f"more than {_MOST_HELLOS} connections in {_HELLOS_IN_S:g} s")
+        recent.append(now)
 
     async def _read(self, stream: _Stream, context: Any) -> None:
         with suppress(asyncio.CancelledError):
@@ -171,10 +186,13 @@ class Streams:
         """Now and then: whose time is over, who is silent, who may not be here any more."""
         now = time.monotonic()
         self.wake(self._post.expire())
-        changed = self._membership.refresh()
-        for stream in list(self._open.values()):
-            if changed:
+        self._membership.refresh()
+        number, checked = self._checked
+        if number != self._membership.roster.number or now - checked > _CHECK_S:
+            self._checked = (self._membership.roster.number, now)
+            for stream in list(self._open.values()):
                 self._require_still(stream)
+        for stream in list(self._open.values()):
             if now - stream.heard > _MISSED_BEATS * self._welcome.beat_seconds:
                 stream.end(farewell(Reason.SILENT, f"nothing was heard for {now - stream.heard:.0f} s"))
             elif now - stream.sent > self._welcome.beat_seconds:
@@ -189,7 +207,7 @@ class Streams:
             self._membership.require(stream.name)
         except TrustError as error:
             _log.warning("device put out: %s", error, extra={"index": stream.name.index})
-            stream.end(farewell(Reason.IDENTITY, str(error)))
+            stream.end(farewell(_reason_of(error), str(error)))
 
 
 class _RefusedStreamError(Exception):
@@ -208,14 +226,24 @@ async def _introduced(context: Any, admitted: Callable[[DeviceName, Frame], _Str
     except _RefusedStreamError as refused:
         await _refuse(context, refused.frame)
     except RefusedError as error:
-        reason = Reason.IDENTITY if isinstance(error, TrustError) else Reason.PROTOCOL
-        await _refuse(context, farewell(reason, str(error)))
+        await _refuse(context, farewell(_reason_of(error), str(error)))
+    except UsageError as error:  # of ours: a file cannot be read
+        _log.error("cannot look up a device: %s", error)
+        await _refuse(context, farewell(Reason.UNSURE, "the server cannot look up its members at the moment"))
     except (TimeoutError, TypeError, KeyError):  # it said nothing, or its end
         await _refuse(context, farewell(Reason.SILENT, "no Hello"))
     return None
 
 
+def _reason_of(error: RefusedError) -> Reason:
+    """A device that is told IDENTITY does not come back; what may be mended on the server is another reason."""
+    if error.refusal is Refusal.ROSTER:
+        return Reason.UNSURE
+    return Reason.IDENTITY if isinstance(error, TrustError) else Reason.PROTOCOL
+
+
 async def _refuse(context: Any, frame: Farewell) -> None:
-    _log.warning("refused a device: %s", frame.detail)
+    if frame.reason != Reason.UNSURE:  # or whoever knocks all the time fills the log
+        _log.warning("refused a device: %s", frame.detail)
     with suppress(TimeoutError):
         await asyncio.wait_for(context.write(encode_frame(frame)), FAREWELL_S)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -15,7 +17,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from propolis.client.cli import client_app
+from propolis.client.cli import APP_THREAD, client_app
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
 from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
@@ -214,6 +216,18 @@ def bench_codec(
 
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
+    try:
+        _dispatch()
+    except SystemExit as end:
+        if any(thread.name == APP_THREAD for thread in threading.enumerate()):  # it may be in the middle of training
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else EXIT_FAILURE)
+        raise
+
+
+def _dispatch() -> NoReturn:
+    """Run the command, and end with its exit code."""
     import click
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is as clean as Ctrl-C

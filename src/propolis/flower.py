@@ -14,6 +14,7 @@ from flwr.app.exception import AppExitException as AppExitException
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto, recorddict_from_proto, recorddict_to_proto
+from flwr.proto.error_pb2 import Error as ProtoError
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.supercore.run import Run as Run
@@ -143,6 +144,14 @@ def _fill_parts(content: RecordDict, parts: Iterator[bytes]) -> None:
         elif isinstance(record, ConfigRecord):
             for key in [key for key, value in record.items() if isinstance(value, bytes)]:
                 record[key] = next(parts)
+
+
+def error_header(reason: str) -> bytes:
+    """The header of a reply that says that the device could not even take the request."""
+    header: bytes = ProtoMessage(
+        error=ProtoError(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+    ).SerializeToString()
+    return header
 
 
 def is_made_up(message: Message) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from propolis.secure.errors import StorageError
+from propolis.secure.errors import StorageError, UsageError
 
 LOCK_DEADLINE_S, _LOCK_POLL_S = 30.0, 0.01
 
@@ -77,3 +77,18 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def alone(path: Path, taken: str) -> Iterator[None]:
+    """Hold a lock that one process may have; raises UsageError with `taken` where another one has it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"cannot lock {path}: {error.strerror}") from None
+    try:
+        if not _try_lock(descriptor):
+            raise UsageError(taken)
+        yield
+    finally:
+        os.close(descriptor)  # which also unlocks

@@ -14,6 +14,7 @@ import grpc
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from linked import Link, Raw, link_of
 
 from propolis.client.agent import RefusedByServerError
@@ -34,9 +35,16 @@ from propolis.link.frames import (
     encode_frame,
 )
 from propolis.link.keys import encode_private_key
-from propolis.secure.errors import UsageError
-from propolis.secure.identity import SigningKey
+from propolis.link.options import METHOD_PATH, SERVICE
+from propolis.link.spool import Spools
+from propolis.secure.errors import PropolisError, UsageError
+from propolis.secure.identity import Root, Roster, SigningKey
+from propolis.secure.secagg.device_state import DeviceState
 from propolis.server.link import LinkOptions, LinkServer
+from propolis.server.post import Post
+from propolis.server.roster import replace_roster
+from propolis.simulations.federation import Federation
+from propolis.simulations.linked import write_linked_federation
 
 HONEST = 3
 ID = b"i" * 16
@@ -315,24 +323,24 @@ def test_a_port_nobody_listens_on_is_named(link: Link) -> None:
 
 def test_a_port_in_use_is_one_line(link: Link) -> None:
     options = LinkOptions(link.address, 1, {})
-    second = LinkServer(options, link.tls(0), link.membership, link.post)
+    second = LinkServer(options, link.tls(0), link.membership, Post(1, Spools()))
     with pytest.raises(UsageError, match="cannot listen on"):
         second.__enter__()
 
 
-def test_a_revoked_device_is_put_out_at_once_and_stays_out(tmp_path: Path) -> None:
-    from propolis.secure.identity import Root, Roster, TrustedRoster
-    from propolis.secure.secagg.device_state import DeviceState
-    from propolis.server.roster import replace_roster
-    from propolis.simulations.federation import Federation
-    from propolis.simulations.linked import write_linked_federation
-
+def founded(folder: Path) -> tuple[Root, Roster]:
+    """A federation of three in a folder, with the root that made it."""
     root = Root(SigningKey.generate())
     roster, states = Roster(root.federation, 1, int(time.time()) + 10**6, ()), []
     for index in range(3):
         roster, invitation, key = root.invite(roster, f"device-{index}")
         states.append(DeviceState.enrolled(root.public_key, invitation, key))
-    write_linked_federation(Federation(root.public_key, root.sign_roster(roster), tuple(states)), tmp_path)
+    write_linked_federation(Federation(root.public_key, root.sign_roster(roster), tuple(states)), folder)
+    return root, roster
+
+
+def test_a_revoked_device_is_put_out_at_once_and_stays_out(tmp_path: Path) -> None:
+    root, roster = founded(tmp_path)
     with link_of(tmp_path, 3) as link:
         replace_roster(tmp_path / "server", root.sign_roster(roster.revoking(1)))
         with pytest.raises(RefusedByServerError, match="is revoked"):
@@ -341,9 +349,81 @@ def test_a_revoked_device_is_put_out_at_once_and_stays_out(tmp_path: Path) -> No
         stubborn = Raw(link, link.tls(1))
         require_refused(stubborn.hello(link.node_id(1)), Reason.IDENTITY, "revoked")
         stubborn.close()
-        assert TrustedRoster(root.public_key, root.sign_roster(roster)).number < link.membership.roster.number
 
 
 def test_frames_of_the_welcome_are_checked_by_the_device() -> None:
     with pytest.raises(Exception, match="Welcome"):
         decode_frame(encode_frame(Welcome(b"p" * 16, 0, 10, 5, b"", ())))
+
+
+def test_a_revocation_holds_although_enrolment_saw_the_new_roster_first(tmp_path: Path) -> None:
+    """Whoever looks at the roster in between must not keep the streams from being looked at."""
+    root, roster = founded(tmp_path)
+    with link_of(tmp_path, 3) as link:
+        replace_roster(tmp_path / "server", root.sign_roster(roster.revoking(1)))
+        assert link.membership.refresh()
+        with pytest.raises(RefusedByServerError, match="is revoked"):
+            link.devices.futures[1].result(10)
+
+
+def test_a_compressed_frame_is_refused_before_it_is_inflated(link: Link) -> None:
+    tls = link.tls(3)
+    credentials = grpc.ssl_channel_credentials(tls.authority, tls.private_key, tls.certificate)
+    with grpc.secure_channel(link.address, credentials) as channel:
+        frames = iter([encode_frame(Chunk(b"\0" * 2**19))])
+        call = channel.stream_stream(METHOD_PATH)(frames, timeout=20, compression=grpc.Compression.Gzip)
+        with pytest.raises(grpc.RpcError):
+            next(call)
+        assert call.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_device_that_connects_again_and_again_is_put_off(
+    link: Link, raw: Callable[..., Raw], caplog: pytest.LogCaptureFixture
+) -> None:
+    device = raw(link.tls(4))
+    said = [raw(link.tls(4)).hello(link.node_id(4)) for _ in range(21)]
+    assert isinstance(said[0], Welcome)
+    caplog.clear()
+    require_refused(device.hello(link.node_id(4)), Reason.UNSURE, "connections in")
+    assert "connections in" not in caplog.text
+
+
+def test_health_is_told_to_members_and_not_watched(link: Link) -> None:
+    tls = link.tls(3)
+    credentials = grpc.ssl_channel_credentials(tls.authority, tls.private_key, tls.certificate)
+    with grpc.secure_channel(link.address, credentials) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        assert stub.Check(request, timeout=10).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stub.Watch(request, timeout=10))
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_where_the_roster_has_ended_devices_wait_for_the_next_one(tmp_path: Path) -> None:
+    root, roster = founded(tmp_path)
+    with link_of(tmp_path, 3) as link:
+        ended = replace(roster, number=roster.number + 1, not_after=int(time.time()) - 1)
+        replace_roster(tmp_path / "server", root.sign_roster(ended))
+        link.wait_until(lambda: not link.grid.get_node_ids())
+        newer = replace(roster, number=roster.number + 2)
+        replace_roster(tmp_path / "server", root.sign_roster(newer))
+        link.wait_until(lambda: len(link.grid.get_node_ids()) == 3)
+
+
+def test_a_link_that_dies_ends_the_run_and_not_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with link_of(tmp_path, 3) as link:
+        ids = link.grid.push_messages(link.messages())
+        assert ids
+        monkeypatch.setattr(link.post, "expire", lambda: 1 / 0)
+        began = time.monotonic()
+        with pytest.raises(PropolisError, match="the link has failed: division by zero"):
+            link.wait_until(lambda: bool(link.exchange() and False))
+        assert time.monotonic() - began < 20
+        with pytest.raises(PropolisError, match="the link has failed"):
+            link.grid.get_node_ids()
+
+
+def test_a_configuration_that_devices_would_refuse_is_our_own_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="devices would refuse"):
+        Link(tmp_path, 1, run_config={"x": "y" * 2**17}).start_server()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from propolis.client.agent import RefusedByServerError
 from propolis.client.runner import AppRunner, Worker
 from propolis.flower import part_content, part_metadata, set_identity
 from propolis.link.frames import Reason, farewell
+from propolis.secure.errors import UsageError
 from propolis.server.link_grid import LinkGrid
 
 
@@ -206,3 +210,51 @@ def test_devices_of_one_process_may_share_a_worker(tmp_path: Path) -> None:
         link.start(0, 1, 2, worker=worker)
         assert isinstance(link.grid, LinkGrid)
         assert len(link.exchange()) == 3
+
+
+def test_an_app_that_answers_no_message_costs_its_request_alone(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def train(message: Message, context: Context) -> Message:
+        calls.append(len(calls))
+        return None if len(calls) == 1 else metrics(message, done=1)  # type: ignore[return-value]
+
+    with Link(tmp_path, 1) as link:
+        link.start(0, app=app_of(train))
+        assert [reply.error.reason for reply in link.exchange()] == [
+            "the app raised TypeError; the device's log says more"
+        ]
+        assert [reply.has_error() for reply in link.exchange()] == [False]
+
+
+def test_a_reply_with_too_much_besides_its_arrays_is_an_error(tmp_path: Path) -> None:
+    def train(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"m": MetricRecord({"x": [0.5] * 200_000})}), reply_to=message)
+
+    with Link(tmp_path, 1) as link:
+        link.start(0, app=app_of(train))
+        (reply,) = link.exchange()
+        assert "ValueError" in reply.error.reason
+        assert link.devices.agents[0].connections == 1
+        content = RecordDict({"m": MetricRecord({"x": [0.5] * 200_000})})
+        with pytest.raises(UsageError, match="put large values into arrays"):
+            link.grid.push_messages([Message(content, link.node_id(0), "train")])
+
+
+def test_a_device_that_trains_ends_at_once_when_it_is_told_to(tmp_path: Path) -> None:
+    """As a process: Python cannot end the thread that trains, and must not wait for it either."""
+    (tmp_path / "slow_app.py").write_text(
+        "import time\nimport torch\nfrom flwr.clientapp import ClientApp\napp = ClientApp()\n"
+        "@app.train()\ndef train(message, context):\n    print('at work', flush=True)\n"
+        "    while True: torch.ones(300, 300) @ torch.ones(300, 300)\n"
+    )
+    with Link(tmp_path / "federation", 1) as link:
+        command = [*(sys.executable, "-m", "propolis", "client", "run", "--dir", str(link.device(0)))]
+        command += ["--server", link.address, "--app", "slow_app:app"]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        link.wait_until(lambda: bool(link.grid.get_node_ids()))
+        link.grid.push_messages(link.messages())
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 130

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from propolis.client.jobs import Jobs
-from propolis.flower import set_identity
+from propolis.flower import join_message, set_identity
 from propolis.link import transfers
 from propolis.link.frames import Beat, Begin, Cancel, Chunk, Frame, Free, Hello, Received, Welcome
 from propolis.link.spool import Spools
@@ -265,9 +265,84 @@ def test_what_no_server_sends_is_refused_by_the_device() -> None:
     for frame in (Chunk(b"x"), Received(b"x" * 16), Hello(b"p" * 16, NODE, 0, b"", (), 1), Free(b"x" * 16)):
         with pytest.raises(PeerError):
             jobs.receive(frame)
-    with pytest.raises(PeerError, match="at most 100"):
-        jobs.receive(Begin(b"x" * 16, 50, (51,), 0, b""))
-    for number in range(256):
+    for number in range(64):
         jobs.receive(Begin(number.to_bytes(16, "big"), 1, (), 0, b"x"))
-    with pytest.raises(PeerError, match="256 requests at once"):
+    with pytest.raises(PeerError, match="64 requests at once"):
         jobs.receive(Begin(b"x" * 16, 1, (), 0, b"x"))
+
+
+def error_of(ended: Request) -> str:
+    assert ended.reply is not None
+    return join_message(ended.reply.header(), (), ended.message).error.reason
+
+
+def test_a_request_over_the_devices_limit_is_answered_with_an_error_and_the_stream_goes_on() -> None:
+    pair = Pair()
+    pair.jobs = Jobs(b"p" * 16, NODE, 200, Spools())
+    pair.connect()
+    large, small = request(1, 300), request(2, 10)
+    pair.courier.submit(large)
+    pair.courier.submit(small)
+    pair.settle()
+    assert [ended.id for ended in pair.ended] == [large.id, small.id]
+    assert "the device takes 200" in error_of(large)
+    assert content(small) == (bytes([2]) * 10, small.id)
+
+
+def test_requests_take_no_more_of_the_device_than_one_of_the_largest() -> None:
+    pair = Pair()
+    pair.jobs = Jobs(b"p" * 16, NODE, 500, Spools())
+    pair.connect()
+    first, second = request(1, 300), request(2, 300)
+    pair.courier.submit(first)
+    pair.courier.submit(second)
+    while pair.down():  # nobody works on the first one yet
+        pass
+    pair.settle()
+    assert "are in use" in error_of(second)
+    assert content(first) == (bytes([1]) * 300, first.id)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_full_disk_of_a_device_is_an_error_reply_whatever_is_cut(cut: bool) -> None:
+    pair = Pair()
+    pair.jobs = Jobs(b"p" * 16, NODE, 10**6, FullDisk())
+    pair.connect()
+    asked = request(1)
+    pair.courier.submit(asked)
+    pair.down()
+    if cut:
+        pair.connect()
+    pair.settle()
+    assert "no room for the request" in error_of(asked)
+    assert pair.courier.is_free
+
+
+def test_a_job_that_ends_between_hello_and_welcome_leaves_the_device_free() -> None:
+    pair = Pair()
+    asked = request(1)
+    pair.courier.submit(asked)
+    while pair.down():
+        pass
+    job = pair.jobs.next_job()
+    assert job is not None
+    pair.courier.cancel(asked)
+    pair.settle()
+    hello = pair.jobs.hello(0.0, 1)
+    pair.jobs.finished(job, Body(b"reply", []))
+    have = pair.courier.connected(hello, SERVER)
+    pair.jobs.welcomed(Welcome(SERVER, 10, 10**6, 5, b"{}", have))
+    pair.settle()
+    assert pair.courier.is_free
+
+
+def test_a_late_reply_is_dropped_once_and_not_again_and_again() -> None:
+    pair = Pair()
+    asked = request(1)
+    pair.courier.submit(asked)
+    pair.down()
+    pair.courier.cancel(asked)
+    late = Begin(asked.id, 5, (4,), 0, b"reply")
+    assert pair.courier.receive(late) is None
+    with pytest.raises(PeerError, match="not waiting"):
+        pair.courier.receive(late)

@@ -27,6 +27,7 @@ from propolis.server.process import serve
 from propolis.simulations.apps import load_data
 from propolis.simulations.federation import make_federation
 from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
+from propolis.storage import alone
 
 DEVICES = 3
 
@@ -174,3 +175,13 @@ def test_the_links_thread_ends_with_the_run(site: Path) -> None:
     with pytest.raises(TooFewPeersError):
         run(site, wait_seconds=0.2)
     assert not [thread for thread in threading.enumerate() if thread.name == "propolis-link"]
+
+
+def test_two_servers_do_not_work_in_one_folder(site: Path) -> None:
+    (site / "run").mkdir()
+    with (
+        alone(site / "run" / "server.lock", "taken"),
+        pytest.raises(UsageError, match=r"another server works in .*run: name another folder"),
+    ):
+        run(site)
+    assert not (site / "run" / "result.json").exists()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from propolis.link.frames import LARGEST_FRAME
 
-_PING_S, _PING_TIMEOUT_S, _HANDSHAKE_S = 30, 20, 10
+_PING_S, _PING_TIMEOUT_S, _HANDSHAKE_S, _IDLE_S = 30, 20, 10, 60
 
 # A frame and what protobuf puts around it; longer messages are refused before memory is taken.
 _COMMON = [
     ("grpc.max_receive_message_length", LARGEST_FRAME),
     ("grpc.max_send_message_length", LARGEST_FRAME),
+    # A frame is as large as it looks: gRPC would inflate a compressed one before it measures it.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # It grows the buffers of every connection to four times what a thousand idle devices may cost.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.keepalive_time_ms", _PING_S * 1000),
@@ -26,6 +28,7 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a port in use is an error
     ("grpc.server_handshake_timeout_ms", _HANDSHAKE_S * 1000),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_S * 1000 // 2),
+    ("grpc.max_connection_idle_ms", _IDLE_S * 1000),  # without a stream: a device that is not let in
     ("grpc.max_concurrent_streams", 8),  # a device needs one, and one that takes its place
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -77,8 +78,9 @@ class Spool:
         return self._file.read(size)
 
     def close(self) -> None:
-        """Forget the bytes."""
+        """Forget the bytes; a full disk is no obstacle to that."""
         if not self._closed:
             self._closed = True
             self._owner.give_back(self._reserved)
-            self._file.close()
+            with suppress(OSError):  # what was still buffered does not fit
+                self._file.close()

@@ -80,6 +80,11 @@ class Incoming:
         return self._begin.id
 
     @property
+    def total(self) -> int:
+        """Bytes that it will have."""
+        return self._begin.total
+
+    @property
     def is_whole(self) -> bool:
         """Whether all of it is there."""
         return self.received == self._begin.total
