@@ -56,6 +56,7 @@ def exchange(
             if reply.metadata.reply_to_message_id in waiting:
                 del waiting[reply.metadata.reply_to_message_id]
                 yield reply
+            del reply  # else it would stay in memory while the next one is made
         if time.monotonic() >= deadline:
             return
         if len(waiting) == before:
@@ -79,6 +80,7 @@ def _pull(grid: Grid, ids: list[str], deadline: float, cancelled: threading.Even
             raise CancelledError("the run was asked to stop")
         for reply in grid.pull_messages(batch):
             yield reply
+            del reply
             # A grid may compute its replies one by one as they are pulled.
             if time.monotonic() >= deadline or (cancelled is not None and cancelled.is_set()):
                 break
@@ -164,6 +166,7 @@ class MeteredGrid(GridWrapper):
         for message in super().pull_messages(message_ids):
             self.uplink_bytes += wire_size([message])
             yield message
+            del message
 
 
 class Snapshot(GridWrapper):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -13,6 +14,8 @@ from propolis.link.frames import ID_BYTES
 from propolis.server.courier import Request
 from propolis.server.exchange import exchange
 from propolis.server.post import Post
+
+_COLLECT_EVERY = 256 * 2**20
 
 
 class LinkGrid(Grid):
@@ -33,6 +36,7 @@ class LinkGrid(Grid):
     def __init__(self, post: Post, wake: Callable[[Iterable[int]], None], run_id: int) -> None:
         self._post, self._wake = post, wake
         self._run = make_run(run_id)
+        self._read = 0
         set_identity(run_id)
 
     def set_run(self, run: Run) -> None:
@@ -66,6 +70,7 @@ class LinkGrid(Grid):
         """The replies that have come whole, each read when it is asked for; an error where none will come."""
         for message_id in self._post.ended(message_ids):
             if (request := self._post.take(message_id)) is not None:
+                self._collect_before(request)
                 yield _message_of(request)
 
     def wait_for_reply(self, timeout: float) -> None:
@@ -75,6 +80,18 @@ class LinkGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See `Grid.send_and_receive`."""
         return list(exchange(self, messages, timeout=float("inf") if timeout is None else timeout))
+
+    def _collect_before(self, request: Request) -> None:
+        """Free the replies that were read and dropped before this one.
+
+        A content of Flower that was asked for its `array_records` refers to itself, so it outlives its last user until
+        Python looks for such. It does so after many objects, and a few of these fill the memory.
+        """
+        if self._read > _COLLECT_EVERY:
+            gc.collect()
+            self._read = 0
+        if request.reply is not None:
+            self._read += request.reply.received
 
 
 def _message_of(request: Request) -> Message:
