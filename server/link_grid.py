@@ -57,6 +57,8 @@ class LinkGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """The devices that are connected and free: one that owes an answer after its time is not asked again."""
+        if overdue := self._post.expire():  # since the link's own thread looked last
+            self._wake(overdue)
         return self._post.node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

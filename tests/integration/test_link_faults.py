@@ -12,7 +12,7 @@ import pytest
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from linked import WAIT_S, Link, link_of
+from linked import WAIT_S, Link, Raw, link_of
 
 from propolis.simulations.faults import Faults, Proxy
 
@@ -73,6 +73,23 @@ def test_a_job_ends_with_all_devices_over_a_network_that_delays_cuts_and_reads_s
         (mean,) = result.arrays.to_numpy_ndarrays()
         np.testing.assert_allclose(mean, 2.0 * rounds, rtol=1e-5)  # of steps 1, 2 and 3
         assert proxy.counters.cuts > 0, "the network was not bad at all"
+
+
+def test_a_silent_device_costs_one_deadline_and_not_the_run(tmp_path: Path) -> None:
+    with Link(tmp_path, 4) as link:
+        link.start(0, 1, 2)
+        honest = set(link.grid.get_node_ids())
+        silent = Raw(link, link.tls(3))
+        silent.hello(link.node_id(3))
+        link.wait_until(lambda: len(link.grid.get_node_ids()) == 4)
+        first = [reply for reply in link.exchange(timeout=1.0) if not reply.has_error()]
+        assert {reply.metadata.src_node_id for reply in first} == honest
+        for _ in range(3):  # each would be without one of its replies if it waited for the silent one
+            assert set(link.grid.get_node_ids()) == honest
+            replies = link.exchange()
+            assert {reply.metadata.src_node_id for reply in replies} == honest
+            assert not any(reply.has_error() for reply in replies)
+        silent.close()
 
 
 def test_heartbeats_keep_a_stream_alive_that_needs_longer_for_one_message(tmp_path: Path) -> None:
