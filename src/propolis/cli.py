@@ -214,6 +214,21 @@ def bench_codec(
         )
 
 
+@bench_app.command("link")
+def bench_link(
+    as_json: JsonFlag = False,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the figures as JSON.")] = None,
+    parts: Annotated[
+        list[str] | None,
+        typer.Option("--part", help="Only this: empty, model, crowd, large or slow; may be repeated."),
+    ] = None,
+) -> None:
+    """The link beside Flower's, with a thousand devices, large messages and a slow line (about five minutes)."""
+    from propolis.simulations.bench.link import parts_named, run_benchmark
+
+    run_benchmark(out or Path("runs") / "bench-link.json", as_json, parts_named(parts or ()))
+
+
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
     try:
