@@ -1,6 +1,8 @@
 # Every target makes .venv when it is missing and installs with the exact versions of constraints.txt, torch first.
 PYTHON ?= python3
 VENV   := .venv
+# Test processes; each may need half a gigabyte.
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -14,7 +16,7 @@ demo: $(VENV)/.demo ## Train one model on real handwritten digits over ten devic
 	$(BIN)/propolis simulate --task digits --protection secagg --codec dense --out runs/demo --force
 
 test: $(VENV)/.dev ## Run the test suite.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 check: $(VENV)/.dev ## Lint, types and layers.
 	$(BIN)/ruff check .

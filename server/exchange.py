@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from propolis.flower import Run, wire_size
+from propolis.flower import Run, make_run, set_identity, wire_size
 from propolis.secure.errors import CancelledError
 
 # Replies are pulled for this many ids at a time, so that a consumer who folds them holds few at once.
@@ -86,6 +86,37 @@ def _pull(grid: Grid, ids: list[str], deadline: float, cancelled: threading.Even
                 break
         if time.monotonic() >= deadline:
             return
+
+
+class OwnGrid(Grid):
+    """What our own grids have in common: the run that their messages belong to.
+
+    Args:
+        run_id: of the run; this process becomes its server.
+    """
+
+    def __init__(self, run_id: int) -> None:
+        self.set_run(make_run(run_id))
+
+    def set_run(self, run: Run) -> None:
+        """See `Grid.set_run`."""
+        self._run = run
+        set_identity(run.run_id)
+
+    @property
+    def run(self) -> Run:
+        """See `Grid.run`."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See `Grid.create_message`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See `Grid.send_and_receive`."""
+        return list(exchange(self, messages, timeout=float("inf") if timeout is None else timeout))
 
 
 class GridWrapper(Grid):

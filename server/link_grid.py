@@ -6,19 +6,18 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message
 
-from propolis.flower import Run, join_message, make_run, set_identity, set_message_id, unavailable_reply
+from propolis.flower import join_message, set_message_id, unavailable_reply
 from propolis.link.frames import ID_BYTES
 from propolis.server.courier import Request
-from propolis.server.exchange import exchange
+from propolis.server.exchange import OwnGrid
 from propolis.server.post import Post
 
 _COLLECT_EVERY = 256 * 2**20
 
 
-class LinkGrid(Grid):
+class LinkGrid(OwnGrid):
     """The devices behind a link, as a Flower ServerApp sees them.
 
     A reply becomes a Message when it is pulled; until then its arrays are where the link put them, which is a file
@@ -34,26 +33,9 @@ class LinkGrid(Grid):
     binds_identities = True
 
     def __init__(self, post: Post, wake: Callable[[Iterable[int]], None], run_id: int) -> None:
+        super().__init__(run_id)
         self._post, self._wake = post, wake
-        self._run = make_run(run_id)
         self._read = 0
-        set_identity(run_id)
-
-    def set_run(self, run: Run) -> None:
-        """See `Grid.set_run`."""
-        self._run = run
-        set_identity(run.run_id)
-
-    @property
-    def run(self) -> Run:
-        """See `Grid.run`."""
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """See `Grid.create_message`."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """The devices that are connected and free: one that owes an answer after its time is not asked again."""
@@ -78,10 +60,6 @@ class LinkGrid(Grid):
     def wait_for_reply(self, timeout: float) -> None:
         """Return when a reply may have come since the last call, after `timeout` seconds at most."""
         self._post.wait(timeout)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """See `Grid.send_and_receive`."""
-        return list(exchange(self, messages, timeout=float("inf") if timeout is None else timeout))
 
     def _collect_before(self, request: Request) -> None:
         """Free the replies that were read and dropped before this one.

@@ -17,27 +17,23 @@ from typing import Self
 from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfigValue
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
 from propolis.flower import (
-    Run,
     failed_reply,
-    make_run,
     message_from_bytes,
     message_to_bytes,
     serialized,
-    set_identity,
     set_message_id,
     unavailable_reply,
 )
-from propolis.server.exchange import exchange
+from propolis.server.exchange import OwnGrid
 
 LoadApp = Callable[[], ClientApp]
 
 _START_DEADLINE_S = 20.0
 
 
-class LocalGrid(Grid):
+class LocalGrid(OwnGrid):
     """Simulated devices behind Flower's Grid interface.
 
     Every message is serialised on its way to a device and back, so a device shares no memory with the server or
@@ -53,10 +49,9 @@ class LocalGrid(Grid):
     """
 
     def __init__(self, load_app: LoadApp, clients: int, *, workers: int = 0, run_id: int = 1) -> None:
+        super().__init__(run_id)
         self._clients = clients
         self._pending: dict[str, tuple[float, Message]] = {}  # when its time is over, and the message
-        self._run = make_run(run_id)
-        set_identity(run_id)
         self._runner = _Pool(load_app, clients, min(workers, clients)) if workers else _Inline(load_app, clients)
 
     def __enter__(self) -> Self:
@@ -68,22 +63,6 @@ class LocalGrid(Grid):
     def close(self) -> None:
         """End the worker processes."""
         self._runner.close()
-
-    def set_run(self, run: Run) -> None:
-        """See `Grid.set_run`."""
-        self._run = run
-        set_identity(run.run_id)
-
-    @property
-    def run(self) -> Run:
-        """See `Grid.run`."""
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """See `Grid.create_message`."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """1..clients: simulated devices are always connected."""
@@ -105,10 +84,6 @@ class LocalGrid(Grid):
         """Run the devices that these messages went to, in order, and yield each reply when it is there."""
         outgoing = [self._pending.pop(message_id)[1] for message_id in message_ids if message_id in self._pending]
         yield from self._runner.replies(outgoing)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """See `Grid.send_and_receive`."""
-        return list(exchange(self, messages, timeout=float("inf") if timeout is None else timeout))
 
 
 class _Devices:

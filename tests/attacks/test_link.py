@@ -415,7 +415,7 @@ def test_a_link_that_dies_ends_the_run_and_not_its_deadline(tmp_path: Path, monk
     with link_of(tmp_path, 3) as link:
         ids = link.grid.push_messages(link.messages())
         assert ids
-        monkeypatch.setattr(link.post, "expire", lambda: 1 / 0)
+        monkeypatch.setattr(link.membership, "refresh", lambda: 1 / 0)
         began = time.monotonic()
         with pytest.raises(PropolisError, match="the link has failed: division by zero"):
             link.wait_until(lambda: bool(link.exchange() and False))

@@ -63,7 +63,10 @@ def test_an_encapsulated_key_of_low_order_does_not_open(point: bytes) -> None:
     assert_closed(point + seal(b"secret", PUBLIC, b"info")[32:])
 
 
-@pytest.mark.parametrize("key", [b"", PUBLIC[:31], PUBLIC + b"\0", bytes(32), b"\1" + bytes(31)])
+WRONG_KEYS = {"empty": b"", "short": PUBLIC[:31], "long": PUBLIC + b"\0", "zero": bytes(32), "one": b"\1" + bytes(31)}
+
+
+@pytest.mark.parametrize("key", WRONG_KEYS.values(), ids=WRONG_KEYS)
 def test_what_is_no_key_is_not_sealed_to(key: bytes) -> None:
     with pytest.raises(PeerError, match="no X25519 public key") as caught:
         seal(b"secret", key, b"info")

@@ -74,6 +74,7 @@ def test_a_clock_that_is_a_little_off_is_no_matter(site: Site, device: Applicant
         (-3600 * 5, "the device's clock is 5 hours behind the server's"),
         (-NOW, "days behind the server's"),
     ],
+    ids=["an hour ahead", "hours behind", "of 1970"],
 )
 def test_a_clock_that_is_off_is_told_in_words(site: Site, device: Applicant, difference: float, line: str) -> None:
     with pytest.raises(TrustError, match=line):

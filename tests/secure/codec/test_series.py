@@ -204,7 +204,7 @@ WRONG: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=str)
+@pytest.mark.parametrize("wrong", WRONG, ids=",".join)
 def test_fields_out_of_their_bounds_are_malformed(wrong: dict[str, Any]) -> None:
     with pytest.raises(PeerError) as caught:
         over_the_wire(replace(series(1).message_for(None), **wrong))
