@@ -23,9 +23,10 @@ from propolis.simulations.linked import write_linked_federation
 
 DEVICES = 3
 # `make soak` asks for more.
-KILLS = int(os.environ.get("PROPOLIS_SOAK_KILLS", "2"))
-ROUNDS = 4 + 3 * KILLS
-END_AFTER_S = 120 + 30 * KILLS
+KILLS = int(os.environ.get("PROPOLIS_SOAK_KILLS", "1"))
+# More than the longest pauses between kills leave time for.
+ROUNDS = 4 + 20 * KILLS
+END_AFTER_S = 180 + 30 * KILLS
 
 
 class Service:
@@ -64,7 +65,7 @@ def running(folder: Path, protection: str) -> Iterator[tuple[Service, list[Servi
     """A server and its devices over the federation in a folder."""
     address = f"127.0.0.1:{free_port()}"
     (folder / "server.toml").write_text(
-        f"task = 'digits'\nrounds = {ROUNDS}\nmin_clients = {DEVICES}\nepochs = 20\nmax_weight = 500.0\n"
+        f"task = 'digits'\nrounds = {ROUNDS}\nmin_clients = {DEVICES}\nepochs = 60\nmax_weight = 500.0\n"
         f"protection = '{protection}'\nround_deadline = 60.0\n"
         f"[server]\nfederation = '{folder / 'server'}'\nlisten = '{address}'\nenroll = 'none'\n"
         f"out = '{folder / 'run'}'\nwait_seconds = 60.0\nheartbeat = 2\n"
@@ -94,11 +95,21 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def wait_for_another_round(server: Service, deadline: float) -> None:
+    before = server.log.count(" of ")
+    while server.log.count(" of ") == before and server.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def completed(server: Service, devices: list[Service], seed: int | None) -> None:
     """Wait until the run is complete; with a seed, kill this and that meanwhile."""
     rng, deadline = random.Random(seed), time.monotonic() + END_AFTER_S
     for victim in [server, rng.choice(devices)] * KILLS if seed is not None else []:
-        time.sleep(rng.uniform(1.0, 7.0))
+        if rng.random() < 0.5:  # in the middle of the rounds; else at any instant, also while something starts
+            wait_for_another_round(server, deadline)
+            time.sleep(rng.uniform(0.0, 1.0))
+        else:
+            time.sleep(rng.uniform(0.2, 5.0))
         assert victim.process.poll() is None, f"it ended before it was killed: {victim.log[-3000:]}"
         victim.kill()
     assert server.process.wait(deadline - time.monotonic()) == 0, server.log[-3000:]
