@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,12 +11,12 @@ from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from propolis.flower import AppExitException, is_made_up
 from propolis.secure.errors import PropolisError, TooFewPeersError
 from propolis.server.batch import Outcome
 from propolis.server.exchange import Snapshot
 from propolis.server.grid import SecureGrid
-from propolis.server.model import ARRAYS_KEY, WEIGHT_KEY, GlobalModel, average, split_replies
+from propolis.server.model import ARRAYS_KEY, GlobalModel, average, split_replies
+from propolis.server.replies import metrics_fault, sift, update_fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +77,11 @@ class Round:
             replies = self._exchange(outgoing)
         except TooFewPeersError as error:  # a secure sum over them does not exist
             raise TooFewPeersError(f"round {self.number}: {error}") from None
-        usable, failures = _sift(replies, lambda reply: _fault(reply, model))
+        usable, said = sift(replies, lambda reply: update_fault(reply, model))
+        survivors = len(usable)
         if isinstance(self.grid, SecureGrid):
-            survivors, failures = _tally(usable, failures)
-        else:
-            survivors = len(usable)
+            survivors, said = _tally(usable, said)
+        failures = tuple(said)
         if survivors < self.min_clients:
             why = f"; one said: {failures[0]}" if failures else "; the others were lost or did not answer in time"
             raise TooFewPeersError(
@@ -91,13 +89,12 @@ class Round:
                 f"{self.min_clients} are needed{why}"
             )
         of_parameters, of_buffers = split_replies(usable, model)
-        try:
+        with self._aggregating():
             arrays, metrics = self.strategy.aggregate_train(self.number, of_parameters)
-        except AppExitException as error:
-            raise PropolisError(f"round {self.number}: the updates cannot be aggregated: {error}") from None
+            buffers = average(of_buffers)
         if arrays is None:
             raise PropolisError(f"round {self.number}: {type(self.strategy).__name__} returned no model")
-        new_model = model.updated(arrays, average(of_buffers))
+        new_model = model.updated(arrays, buffers)
         if not new_model.is_finite:
             raise PropolisError(f"round {self.number}: the new model is not finite; lower the server's learning rate")
         return Trained(new_model, _scalars(metrics), survivors, len(outgoing) - survivors, failures)
@@ -109,10 +106,13 @@ class Round:
                 self.number, model.record(model.trainable), ConfigRecord(), Snapshot(self.grid, self.node_ids)
             )
         try:
-            usable, _ = _sift(self._exchange(_with_whole_model(messages, model)), _metrics_fault)
+            usable, _ = sift(self._exchange(_with_whole_model(messages, model)), metrics_fault)
         except TooFewPeersError:
             return {}
-        return _scalars(self.strategy.aggregate_evaluate(self.number, usable)) if usable else {}
+        if not usable:
+            return {}
+        with self._aggregating():
+            return _scalars(self.strategy.aggregate_evaluate(self.number, usable))
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
         """Replies in order of node id, so that sums do not depend on who was first."""
@@ -120,6 +120,17 @@ class Round:
             return []
         replies = self.grid.send_and_receive(messages=messages, timeout=self.deadline)
         return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+    @contextmanager
+    def _aggregating(self) -> Iterator[None]:
+        """Whatever a strategy raises, which is anybody's code, is one error of ours."""
+        try:
+            yield
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise PropolisError(
+                f"round {self.number}: {type(self.strategy).__name__} cannot aggregate the replies: {why}"
+            ) from error
 
     @contextmanager
     def _seeded_sampling(self, exchange: str) -> Iterator[None]:
@@ -141,54 +152,11 @@ def _with_whole_model(messages: Iterable[Message], model: GlobalModel) -> list[M
     return outgoing
 
 
-def _sift(replies: list[Message], fault_of: Callable[[Message], str | None]) -> tuple[list[Message], tuple[str, ...]]:
-    """The replies that can be aggregated together, and what the other devices said (lost ones say nothing)."""
-    faults = [fault_of(reply) for reply in replies]
-    usable = [reply for reply, fault in zip(replies, faults, strict=True) if fault is None]
-    said = [fault for reply, fault in zip(replies, faults, strict=True) if fault and not is_made_up(reply)]
-    names = Counter(_metric_names(reply) for reply in usable)
-    if len(names) > 1:  # Flower averages only replies whose metrics have the same names
-        common = names.most_common(1)[0][0]
-        said += ["the names of the metrics differ from the other devices'"] * (len(usable) - names[common])
-        usable = [reply for reply in usable if _metric_names(reply) == common]
-    return usable, tuple(said)
-
-
-def _tally(usable: list[Message], failures: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
+def _tally(usable: list[Message], failures: list[str]) -> tuple[int, list[str]]:
     """How many devices the replies of a secure grid are of, and what the others said."""
     outcomes = [Outcome.of(reply.content) for reply in usable]
     said = [failure for outcome in outcomes for failure in outcome.failures]
-    return sum(outcome.survivors for outcome in outcomes), (*failures, *said)
-
-
-def _metric_names(reply: Message) -> frozenset[str]:
-    return frozenset(name for record in reply.content.metric_records.values() for name in record)
-
-
-def _fault(reply: Message, model: GlobalModel) -> str | None:
-    """Why a train reply cannot be aggregated, or None."""
-    if (fault := _metrics_fault(reply)) is not None:
-        return fault
-    arrays = list(reply.content.array_records.values())
-    if len(arrays) != 1:
-        return f"expected one ArrayRecord, got {len(arrays)}"
-    expected = {name: model.arrays[name].shape for name in model.trainable | model.buffers}
-    if {name: tuple(array.shape) for name, array in arrays[0].items()} != expected:
-        return "the update's names or shapes are not the model's"
-    return None
-
-
-def _metrics_fault(reply: Message) -> str | None:
-    """Why a reply's metrics cannot be averaged, or None."""
-    if reply.has_error():
-        return reply.error.reason or f"error {reply.error.code}"
-    metrics = list(reply.content.metric_records.values())
-    if len(metrics) != 1:
-        return f"expected one MetricRecord, got {len(metrics)}"
-    weight = metrics[0].get(WEIGHT_KEY)
-    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight > 0):
-        return f"the weight {WEIGHT_KEY} must be a positive number, got {weight!r}"
-    return None
+    return sum(outcome.survivors for outcome in outcomes), [*failures, *said]
 
 
 def _scalars(metrics: MetricRecord | None) -> dict[str, float]:

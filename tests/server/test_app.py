@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 
 from harness import Blobs
 from propolis.client.app import Participant, hold_out, make_client_app
@@ -98,12 +99,21 @@ def test_the_aggregate_is_the_weighted_mean() -> None:
 
 def bad(kind: str) -> Reply:
     def reply(message: Message, node_id: int) -> tuple[ArrayRecord, MetricRecord]:
-        arrays, metrics = shifted(message, node_id), MetricRecord({"num-examples": 1})
+        arrays, metrics = shifted(message, node_id), MetricRecord({"num-examples": 1, "train-loss": 0.5})
         if node_id == 1:
             spoil(kind, arrays, metrics)
         return arrays, metrics
 
     return reply
+
+
+BAD_METRICS: dict[str, dict[str, float | list[float]]] = {
+    "extra metric": {"mood": 0.5},
+    "list": {"train-loss": [0.5, 0.5]},
+    "negative examples": {"num-examples": -5.0},
+    "zero examples": {"num-examples": 0.0},
+    "nan examples": {"num-examples": float("nan")},
+}
 
 
 def spoil(kind: str, arrays: ArrayRecord, metrics: MetricRecord) -> None:
@@ -113,17 +123,21 @@ def spoil(kind: str, arrays: ArrayRecord, metrics: MetricRecord) -> None:
         del arrays["0.weight"]
     if kind == "shape":
         arrays["0.weight"] = Array(np.zeros((1, 1), np.float32))
+    if kind == "bytes":
+        arrays["0.weight"].data = b"garbage"
+    if kind == "nan":
+        arrays["0.weight"] = Array(np.full_like(arrays["0.weight"].numpy(), np.nan))
     if kind == "no weight":
         del metrics["num-examples"]
-    if kind == "extra metric":
-        metrics["mood"] = 0.5
-    if kind.endswith("examples"):
-        metrics["num-examples"] = {"negative examples": -5, "zero examples": 0, "nan examples": float("nan")}[kind]
+    metrics.update(BAD_METRICS.get(kind, {}))
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["names", "shape", "negative examples", "zero examples", "nan examples", "no weight", "extra metric", "raises"],
+    [
+        *("names", "shape", "bytes", "nan", "list", "extra metric", "raises"),
+        *("no weight", "negative examples", "zero examples", "nan examples"),
+    ],
 )
 def test_a_faulty_device_is_a_dropped_one(kind: str) -> None:
     run = federated_run(Settings(clients=3, rounds=1))
@@ -220,4 +234,19 @@ def test_an_aggregate_that_is_not_finite_stops_the_run_and_keeps_the_model() -> 
     start = run.state
     with pytest.raises(PropolisError, match="the new model is not finite"):
         run.run(LocalGrid(scripted_devices(reply), 2))
+    assert run.state is start
+
+
+@pytest.mark.parametrize("method", ["aggregate_train", "aggregate_evaluate"])
+def test_whatever_a_strategy_raises_is_one_error_and_keeps_the_model(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("momentum")
+
+    monkeypatch.setattr(FedAvg, method, fail)
+    run = federated_run(Settings(clients=2, rounds=1, evaluate_fraction=1.0))
+    start = run.state
+    with pytest.raises(PropolisError, match=r"round 1: FedAvg cannot aggregate the replies: KeyError: 'momentum'"):
+        run.run(LocalGrid(real_devices(2, holdout=0.2), 2))
     assert run.state is start
