@@ -217,7 +217,7 @@ class FederatedRun:
             dropped=trained.dropped,
             seconds=time.perf_counter() - began,
             attempts=attempts,
-            failures=list(dict.fromkeys(trained.failures)),
+            failures=list(trained.failures),
             metrics=metrics,
             retries=list(self.retries),
         )

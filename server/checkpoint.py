@@ -34,7 +34,7 @@ class RoundRecord:
         dropped: devices that were asked and are not.
         seconds: wall time of the round with its evaluation.
         attempts: times the round was tried.
-        failures: what devices that failed said, each once.
+        failures: what devices that failed said, see `propolis.server.replies.lines_of`.
         metrics: whatever else the task and the devices reported (``train-loss``, ``device-accuracy``, ...).
         retries: why the attempts before the last one failed.
     """

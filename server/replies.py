@@ -1,14 +1,14 @@
 """What devices answer, sifted: which replies can be aggregated together, and what is wrong with the others.
 
-Whoever takes part in an unprotected run may answer anything. A strategy gets numbers that it can
-average.
+Whoever takes part in an unprotected run may answer anything. A strategy gets numbers that it can average, and a
+person gets short lines that a terminal can show.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from io import BytesIO
 from typing import Any
 
@@ -18,7 +18,11 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from propolis.flower import is_made_up
+from propolis.logs import one_line
 from propolis.server.model import WEIGHT_KEY, GlobalModel
+
+# What is kept of the failures of a round: so many different ones, each of so many characters.
+MOST_FAILURES, LONGEST_FAILURE = 20, 200
 
 
 def sift(replies: list[Message], fault_of: Callable[[Message], str | None]) -> tuple[list[Message], list[str]]:
@@ -38,6 +42,11 @@ def sift(replies: list[Message], fault_of: Callable[[Message], str | None]) -> t
         said += ["the names or types of the metrics or records differ from the other devices'"] * others
         usable = [reply for reply, form in zip(usable, forms, strict=True) if form == common]
     return usable, said
+
+
+def lines_of(failures: Iterable[str]) -> tuple[str, ...]:
+    """What devices said, each once, for a person: few, short and printable, whatever it was."""
+    return tuple(dict.fromkeys(map(_short_line, failures)))[:MOST_FAILURES]
 
 
 def update_fault(reply: Message, model: GlobalModel) -> str | None:
@@ -105,3 +114,8 @@ def _form(reply: Message) -> Hashable:
     names = frozenset(reply.content.array_records), frozenset(reply.content.metric_records)
     (metrics,) = reply.content.metric_records.values()
     return names, frozenset((name, len(value) if isinstance(value, list) else None) for name, value in metrics.items())
+
+
+def _short_line(text: str) -> str:
+    line = one_line(text[: LONGEST_FAILURE + 1])
+    return line if len(line) <= LONGEST_FAILURE else f"{line[: LONGEST_FAILURE - 3]}..."

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save
 
+from propolis.logs import one_line
 from propolis.server.checkpoint import RoundRecord, RunState
 from propolis.settings import Settings
 from propolis.storage import write_atomically
@@ -68,7 +69,8 @@ class TerminalReport:
                 f"        {cut:.0f} values were out of range and cut off", style="yellow", highlight=False
             )
         for failure in record.failures[:_FAILURES_SHOWN]:
-            self._console.print(f"        a device failed: {failure}", style="yellow", markup=False, highlight=False)
+            line = f"        a device failed: {one_line(failure)}"
+            self._console.print(line, style="yellow", markup=False, highlight=False)
         self._progress.update(self._bar, completed=record.round)
 
 

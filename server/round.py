@@ -16,7 +16,7 @@ from propolis.server.batch import Outcome
 from propolis.server.exchange import Snapshot
 from propolis.server.grid import SecureGrid
 from propolis.server.model import ARRAYS_KEY, GlobalModel, average, split_replies
-from propolis.server.replies import metrics_fault, sift, update_fault
+from propolis.server.replies import lines_of, metrics_fault, sift, update_fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Trained:
         metrics: weighted means of the devices' training metrics.
         survivors: devices whose update is in the model.
         dropped: devices that were asked and are not.
-        failures: what the dropped devices said, those that were lost left out.
+        failures: what the dropped devices said, see `lines_of`; those that were lost said nothing.
     """
 
     model: GlobalModel
@@ -81,7 +81,7 @@ class Round:
         survivors = len(usable)
         if isinstance(self.grid, SecureGrid):
             survivors, said = _tally(usable, said)
-        failures = tuple(said)
+        failures = lines_of(said)
         if survivors < self.min_clients:
             why = f"; one said: {failures[0]}" if failures else "; the others were lost or did not answer in time"
             raise TooFewPeersError(
@@ -127,7 +127,7 @@ class Round:
         try:
             yield
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
+            (why,) = lines_of([f"{type(error).__name__}: {error}"])
             raise PropolisError(
                 f"round {self.number}: {type(self.strategy).__name__} cannot aggregate the replies: {why}"
             ) from error

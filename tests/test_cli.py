@@ -66,6 +66,7 @@ def test_flags_win_over_the_file(propolis: Command, tmp_path: Path) -> None:
         (["--partition", "natural"], "name no users"),
         (["--clients", "5000"], "5000 clients cannot share 1438 examples"),
         (["--task", "mnist"], "unknown task 'mnist'"),
+        (["--task", "m\x1b[2J\nnist"], "unknown task 'm\\x1b[2J nist'"),
         (["--task", "absent:Task"], "cannot import absent"),
         (["--task", "fashion-mnist", "--data", "nowhere"], "sudo apt-get install dataset-fashion-mnist"),
         (["--data", "nowhere"], "the task digits reads no folder"),

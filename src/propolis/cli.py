@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from propolis.client.cli import APP_THREAD, client_app
+from propolis.logs import configure_logging, one_line
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
 from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
@@ -148,7 +149,6 @@ def server_command(
     from rich.console import Console
 
     from propolis.link.keys import passphrase_of
-    from propolis.logs import configure_logging
     from propolis.server.process import serve
 
     configure_logging(served.config.log_format)
@@ -265,5 +265,5 @@ def _dispatch() -> NoReturn:
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    print(f"propolis: {' '.join(message.split())}", file=sys.stderr)
+    print(f"propolis: {one_line(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)

@@ -79,7 +79,7 @@ class _TextFormatter(_Formatter):
         fields = self.fields(record)
         head = [fields.pop(name) for name in _OURS[:4]]
         trace = fields.pop("exception", None)
-        line = " ".join([*map(_one_line, head), *(f"{name}={_as_word(value)}" for name, value in fields.items())])
+        line = " ".join([*map(one_line, head), *(f"{name}={_as_word(value)}" for name, value in fields.items())])
         return line if trace is None else f"{line}\n{trace}"
 
 
@@ -96,9 +96,9 @@ def _as_word(value: object) -> str:
     """The value as text, quoted where it would not be one word."""
     text = str(value)
     is_word = text.isprintable() and text and not set(text) & set(' "=')
-    return text if is_word else _one_line(json.dumps(text, ensure_ascii=False))
+    return text if is_word else one_line(json.dumps(text, ensure_ascii=False))
 
 
-def _one_line(text: str) -> str:
-    """The text without line breaks: nobody who is quoted in a log can forge a line of it."""
+def one_line(text: str) -> str:
+    """The text with what cannot be printed escaped: who is quoted forges no line of a log and rules no terminal."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)

@@ -17,6 +17,7 @@ from propolis.client.train import LocalTrainer
 from propolis.secure.errors import PropolisError, TooFewPeersError
 from propolis.server.app import FederatedRun
 from propolis.server.checkpoint import RunState
+from propolis.server.replies import LONGEST_FAILURE, MOST_FAILURES
 from propolis.settings import Settings
 from propolis.simulations.dropout import DropoutGrid
 from propolis.simulations.local import LocalGrid
@@ -167,6 +168,27 @@ def test_a_device_does_not_pass_for_many() -> None:
     assert (state.history[0].survivors, state.history[0].dropped) == (3, 0)
 
 
+def ranting(message: Message, node_id: int) -> tuple[ArrayRecord, MetricRecord]:
+    if node_id > 2:
+        raise ValueError(f"{node_id} \x1b[2J" + "A" * 100_000)
+    return shifted(message, node_id), MetricRecord({"num-examples": 1})
+
+
+def test_what_devices_rant_is_cut_and_not_all_kept() -> None:
+    state = federated_run(Settings(clients=30, rounds=1)).run(LocalGrid(scripted_devices(ranting), 30))
+    failures = state.history[0].failures
+    assert (state.history[0].dropped, len(failures)) == (28, MOST_FAILURES)
+    assert all(len(failure) <= LONGEST_FAILURE and failure.isprintable() for failure in failures)
+
+
+def test_what_devices_rant_is_cut_where_it_ends_a_run() -> None:
+    run = federated_run(Settings(clients=4, rounds=1, min_clients=3, attempts=2))
+    with pytest.raises(TooFewPeersError, match=r"2 of 4 devices .* \\x1b\[2JA+\.\.\. \(tried 2 times\)") as raised:
+        run.run(LocalGrid(scripted_devices(ranting), 4))
+    said = [str(raised.value), *run.retries]
+    assert all(len(line) < 2 * LONGEST_FAILURE and line.isprintable() for line in said)
+
+
 def test_too_few_survivors_are_an_error_after_the_attempts_and_the_model_is_kept() -> None:
     run = federated_run(Settings(clients=3, rounds=2, min_clients=3, attempts=2))
     start = run.state
@@ -242,11 +264,14 @@ def test_whatever_a_strategy_raises_is_one_error_and_keeps_the_model(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise KeyError("momentum")
+        raise KeyError("momentum" + "!" * 1_000_000)
 
     monkeypatch.setattr(FedAvg, method, fail)
     run = federated_run(Settings(clients=2, rounds=1, evaluate_fraction=1.0))
     start = run.state
-    with pytest.raises(PropolisError, match=r"round 1: FedAvg cannot aggregate the replies: KeyError: 'momentum'"):
+    with pytest.raises(
+        PropolisError, match="round 1: FedAvg cannot aggregate the replies: KeyError: 'momentum!"
+    ) as raised:
         run.run(LocalGrid(real_devices(2, holdout=0.2), 2))
     assert run.state is start
+    assert len(str(raised.value)) < 2 * LONGEST_FAILURE

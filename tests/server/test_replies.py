@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 
 from propolis.flower import set_identity
 from propolis.server.model import GlobalModel
-from propolis.server.replies import metrics_fault, sift, update_fault
+from propolis.server.replies import LONGEST_FAILURE, MOST_FAILURES, lines_of, metrics_fault, sift, update_fault
 
 MODEL = GlobalModel(
     {"w": np.zeros((2, 3), np.float32), "half": np.zeros(2, np.float16), "count": np.array(7), "on": np.array(True)},
@@ -155,3 +155,16 @@ def test_lists_of_other_lengths_are_not_averaged_together() -> None:
     two = [reply({"num-examples": 1, "loss": [0.5, 0.5]}) for _ in range(2)]
     usable, _ = sift([reply({"num-examples": 1, "loss": [0.5]}), *two], metrics_fault)
     assert usable == two
+
+
+def test_what_devices_said_is_short_and_printable() -> None:
+    said = lines_of(["ill", "\x1b]0;owned\x07\n\u202e", "\x1b" * 1_000_000, "A" * 1_000_000, "B" * LONGEST_FAILURE])
+    assert said[:2] == ("ill", "\\x1b]0;owned\\x07\\n\\u202e")
+    assert all(line.isprintable() for line in said)
+    assert [len(line) for line in said[2:]] == [LONGEST_FAILURE] * 3
+    assert (said[3], said[4]) == ("A" * (LONGEST_FAILURE - 3) + "...", "B" * LONGEST_FAILURE)
+
+
+def test_what_devices_said_is_kept_once_and_not_without_end() -> None:
+    said = lines_of(f"device {number // 2}" for number in range(1000))
+    assert said == tuple(f"device {number}" for number in range(MOST_FAILURES))
