@@ -17,7 +17,10 @@ from propolis.secure.errors import UsageError
 from propolis.server.model import GlobalModel
 from propolis.storage import write_atomically
 
-_FORMAT = 1
+_FORMAT = 2
+
+# The tensor with the history as JSON: a file's own metadata can be 100 MB at most, and a history has no such end.
+_HISTORY = "history"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,10 @@ def save_checkpoint(path: Path, state: RunState, run: str) -> None:
     tensors = {f"model/{name}": array for name, array in state.model.arrays.items()}
     tensors.update({f"strategy/{name}": array for name, array in state.strategy.items()})
     tensors.update({f"grid/{name}": array for name, array in state.grid.items()})
+    history = json.dumps([asdict(record) for record in state.history]).encode()
+    tensors[_HISTORY] = np.frombuffer(history, np.uint8)
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
-    header = {
-        "format": _FORMAT,
-        "run": run,
-        "sha256": _digest(contiguous),
-        "history": [asdict(record) for record in state.history],
-    }
+    header = {"format": _FORMAT, "run": run, "sha256": _digest(contiguous)}
     write_atomically(path, save(contiguous, metadata={"propolis": json.dumps(header)}))
 
 
@@ -142,10 +142,14 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[RoundRecord, ...], dict[str
             header = json.loads((file.metadata() or {})["propolis"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         if header["format"] != _FORMAT:
-            raise UsageError(f"{path} has format {header['format']}, this version reads {_FORMAT}")
+            raise UsageError(
+                f"{path} has format {header['format']}, this version reads {_FORMAT}: "
+                "go on with the version of propolis that wrote it, or start the run anew"
+            )
         if header["sha256"] != _digest(tensors):
             raise UsageError(f"{path} is not a whole checkpoint: its contents are not those that were written")
-        return header, tuple(RoundRecord(**record) for record in header["history"]), tensors
+        history = json.loads(tensors[_HISTORY].tobytes())
+        return header, tuple(RoundRecord(**record) for record in history), tensors
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise UsageError(f"{path} is not a whole checkpoint: {error}") from None
 

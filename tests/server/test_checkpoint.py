@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 from torch import nn
 
 from harness import Blobs
 from propolis.secure.errors import StorageError, UsageError
 from propolis.server.checkpoint import RoundRecord, RunState, load_checkpoint, save_checkpoint
 from propolis.server.model import GlobalModel
+from propolis.server.replies import LONGEST_FAILURE, MOST_FAILURES, lines_of
 from propolis.storage import write_atomically
 
 RECORD = RoundRecord(1, 0.5, 1.25, 10, 20, 3, 1, 0.125, 2, ["ill"], {"train-loss": 0.75})
@@ -60,6 +64,30 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UsageError, match="its contents are not those that were written"):
         load_checkpoint(path, state().model, "run")
+
+
+def test_a_changed_history_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    save_checkpoint(path, state(), "run")
+    content = path.read_bytes()
+    assert content.count(b'"accuracy": 0.5') == 1
+    path.write_bytes(content.replace(b'"accuracy": 0.5', b'"accuracy": 0.9'))
+    with pytest.raises(UsageError, match="its contents are not those that were written"):
+        load_checkpoint(path, state().model, "run")
+
+
+def test_a_history_of_more_than_a_files_metadata_can_hold_is_kept(tmp_path: Path) -> None:
+    failures = lines_of(f"{number:02d}" + "\N{HONEYBEE}" * LONGEST_FAILURE for number in range(MOST_FAILURES))
+    history = (replace(RECORD, failures=list(failures)),) * 2500  # 120 MB
+    save_checkpoint(tmp_path / "c", replace(state(), history=history), "run")
+    assert load_checkpoint(tmp_path / "c", state().model, "run").history == history
+
+
+def test_a_checkpoint_of_another_format_says_what_to_do(tmp_path: Path) -> None:
+    header = json.dumps({"format": 1, "run": "run", "sha256": "", "history": []})
+    (tmp_path / "c").write_bytes(save({"model/w": np.zeros(1)}, metadata={"propolis": header}))
+    with pytest.raises(UsageError, match="has format 1, this version reads 2: go on with the version of propolis that"):
+        load_checkpoint(tmp_path / "c", state().model, "run")
 
 
 def test_a_checkpoint_of_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
