@@ -68,7 +68,8 @@ def load_served(path: Path | None, flags: Mapping[str, Any]) -> Served:
     if unfit := sorted(SIMULATED_ONLY & values.keys()):
         raise UsageError(f"{source}: {unfit[0]} is for simulated devices; the server takes those that connect")
     devices = config.wait_for or max(values.get("min_clients") or 0, _fewest(values))
-    settings = build(Settings, {"min_clients": min(devices, 2), **values, "clients": devices, "backend": "link"}, source)
+    fewest = {"min_clients": min(devices, 2)}
+    settings = build(Settings, {**fewest, **values, "clients": devices, "backend": "link"}, source)
     if odd := [name for name, value in run_config.items() if not isinstance(value, (bool, int, float, str))]:
         raise UsageError(f"{source}, table [run-config]: {odd[0]} must be a number, true, false or a text")
     return Served(settings, config, run_config)
