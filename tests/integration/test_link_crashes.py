@@ -26,7 +26,7 @@ DEVICES = 3
 KILLS = int(os.environ.get("PROPOLIS_SOAK_KILLS", "1"))
 # More than the longest pauses between kills leave time for.
 ROUNDS = 4 + 20 * KILLS
-END_AFTER_S = 180 + 30 * KILLS
+END_AFTER_S = 180 + 60 * KILLS
 
 
 class Service:
