@@ -21,14 +21,15 @@ from propolis.link.enrolment import (
     require_proof,
 )
 from propolis.protos import link_pb2 as pb
-from propolis.protos import link_pb2_grpc
 from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError, UsageError
 from propolis.secure.identity import Descriptor, Invitation, descriptor_digest, verify_descriptor, verify_invitation
-from propolis.secure.wire import FORMAT_VERSION, fill, read
+from propolis.secure.wire import FORMAT_VERSION, encode, parse, read, serialized
 from propolis.server.membership import Membership
 
+_SERVICE = "propolis.link.v1.Enrolment"
 _MOST_AT_ONCE = 64
 _HANDSHAKE_MS = 10_000
+_REFUSALS_S = 1.0
 _log = logging.getLogger("propolis.server")
 
 
@@ -117,27 +118,57 @@ def _in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes"
 
 
-class EnrolmentServicer(link_pb2_grpc.EnrolmentServicer):
-    """The service over `Enrolment`: decode, call, map errors."""
+class _Service:
+    """The service over `Enrolment`: decode, call, map errors.
+
+    Requests come as bytes: gRPC would write a stack trace for each one that is no message.
+    """
 
     def __init__(self, enrolment: Enrolment) -> None:
         self._enrolment = enrolment
+        self._refusals = _Refusals()
 
-    async def GetAuthority(  # noqa: N802
-        self, request: pb.AuthorityRequest, context: grpc.aio.ServicerContext
-    ) -> pb.AuthorityReply:
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Its methods, for a server."""
+        methods = {
+            "GetAuthority": grpc.unary_unary_rpc_method_handler(self._get_authority),
+            "Enroll": grpc.unary_unary_rpc_method_handler(self._enroll),
+        }
+        return grpc.method_handlers_generic_handler(_SERVICE, methods)
+
+    async def _get_authority(self, _: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The authority's certificate, for a device that knows its fingerprint."""
-        return pb.AuthorityReply(certificate=self._enrolment.authority)
+        return serialized(pb.AuthorityReply(certificate=self._enrolment.authority))
 
-    async def Enroll(self, request: pb.EnrollRequest, context: grpc.aio.ServicerContext) -> pb.EnrollReply:  # noqa: N802
+    async def _enroll(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """See `Enrolment.answer`; a refusal has its reason as details."""
-        filled = pb.EnrollReply()
         try:
-            fill(self._enrolment.answer(request, time.time()), filled)
+            reply = self._enrolment.answer(parse(pb.EnrollRequest, data), time.time())
         except PropolisError as error:
-            _log.warning("enrolment refused to %s: %s", context.peer(), error)
-            await context.abort(_status(error), _reason(error))
-        return filled
+            self._refusals.tell(context.peer(), error, time.monotonic())
+            context.set_code(_status(error))  # not abort, whose exception keeps the stream until garbage is collected
+            context.set_details(_reason(error))
+            return b""
+        return encode(reply, pb.EnrollReply)
+
+
+class _Refusals:
+    """The log of refusals: strangers can ask as often as they like, but not fill the disk."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._left_out = 0
+
+    def tell(self, peer: str, error: PropolisError, now: float) -> None:
+        """A line at most every second; the server's own troubles always have one."""
+        if not isinstance(error, RefusedError):
+            _log.error("enrolment failed for %s: %s", peer, error)
+        elif now < self._next:
+            self._left_out += 1
+        else:
+            more = f" (and {self._left_out} more before)" if self._left_out else ""
+            _log.warning("enrolment refused to %s: %s%s", peer, error, more)
+            self._next, self._left_out = now + _REFUSALS_S, 0
 
 
 def _status(error: PropolisError) -> grpc.StatusCode:
@@ -170,7 +201,7 @@ def make_enrolment_server(enrolment: Enrolment, address: str, tls: Tls) -> tuple
         ("grpc.so_reuseport", 0),
     ]
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_MOST_AT_ONCE)
-    link_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentServicer(enrolment), server)
+    server.add_generic_rpc_handlers((_Service(enrolment).handler(),))
     credentials = grpc.ssl_server_credentials([(tls.private_key, tls.certificate)])
     try:
         return server, server.add_secure_port(address, credentials)
