@@ -21,17 +21,17 @@ from cryptography import x509
 from propolis.link.address import Address
 from propolis.link.authority import fingerprint_of, names_of
 from propolis.link.certificates import out_of_date, parse_certificate, to_pem
-from propolis.link.enrolment import EnrollReply, EnrollRequest
+from propolis.link.enrolment import UNCOMPRESSED, EnrollReply, EnrollRequest
 from propolis.protos import link_pb2 as pb
 from propolis.protos import link_pb2_grpc
 from propolis.secure.errors import PeerError, UsageError
 from propolis.secure.wire import FORMAT_VERSION, fill, read
 
-# A reply holds the roster: at most a million devices.
-_LARGEST_REPLY = 2**27
+# Before the pin is checked anybody may answer: one certificate. After it the roster: at most a million devices.
+_LARGEST_AUTHORITY, _LARGEST_REPLY = 2**14, 2**27
 _LONGEST_REASON = 300
 # The first connection reads the certificate without a proxy; what follows must reach the same server.
-_OPTIONS = [("grpc.max_receive_message_length", _LARGEST_REPLY), ("grpc.enable_http_proxy", 0)]
+_OPTIONS = [UNCOMPRESSED, ("grpc.enable_http_proxy", 0)]
 
 
 class Introduction:
@@ -51,7 +51,7 @@ class Introduction:
         self._deadline = time.monotonic() + timeout
         self._timeout = timeout
         self.authority = self._pinned_authority(self._certificate(), fingerprint)
-        self._channel = self._open(self.authority)
+        self._channel = self._open(self.authority, _LARGEST_REPLY)
 
     def enroll(self, request: EnrollRequest) -> EnrollReply:
         """Ask for the device's place; raises UsageError with the server's reason when it refuses."""
@@ -95,7 +95,7 @@ class Introduction:
 
     def _pinned_authority(self, certificate: x509.Certificate, fingerprint: bytes) -> bytes:
         """The authority's certificate, PEM."""
-        channel = self._open(to_pem(certificate))
+        channel = self._open(to_pem(certificate), _LARGEST_AUTHORITY)
         try:
             found = self._call(link_pb2_grpc.EnrolmentStub(channel).GetAuthority, pb.AuthorityRequest()).certificate
         finally:
@@ -110,8 +110,9 @@ class Introduction:
         except ValueError:
             raise UsageError("the token's authority is no certificate") from None
 
-    def _open(self, trusted: bytes) -> grpc.Channel:
-        return grpc.secure_channel(str(self._server), grpc.ssl_channel_credentials(trusted), options=_OPTIONS)
+    def _open(self, trusted: bytes, largest: int) -> grpc.Channel:
+        options = [*_OPTIONS, ("grpc.max_receive_message_length", largest)]
+        return grpc.secure_channel(str(self._server), grpc.ssl_channel_credentials(trusted), options=options)
 
     def _call(self, method: Callable[..., Any], request: object) -> Any:
         try:

@@ -16,6 +16,7 @@ from propolis.link.certificates import DeviceName, Tls, to_der
 from propolis.link.enrolment import (
     LARGEST_CLOCK_DIFFERENCE_S,
     LARGEST_REQUEST,
+    UNCOMPRESSED,
     EnrollReply,
     EnrollRequest,
     require_proof,
@@ -196,6 +197,7 @@ def make_enrolment_server(enrolment: Enrolment, address: str, tls: Tls) -> tuple
         UsageError: the address cannot be listened on.
     """
     options = [
+        UNCOMPRESSED,
         ("grpc.max_receive_message_length", LARGEST_REQUEST),
         ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
         ("grpc.so_reuseport", 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,14 @@ from typing import Any
 
 import grpc
 import pytest
-from enrolling import Applicant, Site, serving
+from enrolling import Applicant, Site, enrolling, serving
 
+from propolis.client.enroll import enroll
 from propolis.link.address import Address
-from propolis.secure.errors import StorageError
+from propolis.link.certificates import load_tls
+from propolis.protos import link_pb2 as pb
+from propolis.protos import link_pb2_grpc
+from propolis.secure.errors import StorageError, UsageError
 
 ENROLL, GET_AUTHORITY = "/propolis.link.v1.Enrolment/Enroll", "/propolis.link.v1.Enrolment/GetAuthority"
 WAIT_S = 30.0
@@ -74,3 +79,50 @@ def test_a_refusal_hides_no_trouble_of_the_servers_own(
                 channel.unary_unary(ENROLL)(each, timeout=WAIT_S)
     assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
     assert "no space left on device" in caplog.text
+
+
+# What is small on the wire and large in memory.
+
+
+def test_a_compressed_request_is_not_inflated(site: Site) -> None:
+    request = Applicant(site.token()).request()
+    request.signing_request = bytes(2**17)  # twice the limit; hundreds of bytes on the wire
+    with serving(site) as address, channel_to(site, address, compression=grpc.Compression.Gzip) as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            link_pb2_grpc.EnrolmentStub(channel).Enroll(request, timeout=WAIT_S)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+    assert site.asked == []
+
+
+class _InBetween(link_pb2_grpc.EnrolmentServicer):
+    """Whoever can redirect the device: shows as much as it likes where the authority's certificate should be."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def GetAuthority(self, request: Any, context: Any) -> pb.AuthorityReply:  # noqa: N802
+        return pb.AuthorityReply(certificate=bytes(self._size))
+
+
+@contextmanager
+def in_between(site: Site, size: int, compression: grpc.Compression) -> Iterator[Address]:
+    server = grpc.server(ThreadPoolExecutor(1), compression=compression)
+    link_pb2_grpc.add_EnrolmentServicer_to_server(_InBetween(size), server)
+    tls = load_tls(site.server)
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(tls.private_key, tls.certificate)]))
+    server.start()
+    try:
+        yield Address("localhost", port)
+    finally:
+        server.stop(0).wait()
+
+
+@pytest.mark.parametrize(
+    ("size", "compression"), [(2**15, grpc.Compression.NoCompression), (2**13, grpc.Compression.Gzip)]
+)
+def test_before_the_pin_a_device_takes_one_small_uncompressed_certificate(
+    site: Site, tmp_path: Path, size: int, compression: grpc.Compression
+) -> None:
+    with in_between(site, size, compression) as address, pytest.raises(UsageError) as told:
+        enroll(enrolling(address, site.token(), tmp_path / "device"))
+    assert "cannot talk to" in str(told.value)
