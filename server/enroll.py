@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -28,7 +29,7 @@ from propolis.secure.wire import FORMAT_VERSION, encode, parse, read, serialized
 from propolis.server.membership import Membership
 
 _SERVICE = "propolis.link.v1.Enrolment"
-_MOST_AT_ONCE = 64
+_MOST_AT_ONCE, _MOST_CONNECTIONS = 64, 256
 _HANDSHAKE_MS = 10_000
 _REFUSALS_S = 1.0
 _log = logging.getLogger("propolis.server")
@@ -182,13 +183,31 @@ def _reason(error: PropolisError) -> str:
     return str(error) if isinstance(error, RefusedError) else "the server cannot keep new members at the moment"
 
 
-def make_enrolment_server(enrolment: Enrolment, address: str, tls: Tls) -> tuple[grpc.aio.Server, int]:
+@dataclass(frozen=True, slots=True)
+class Hospitality:
+    """How long a stranger may stay, in seconds: whoever it is, a device enrols in less than one.
+
+    Attributes:
+        idle: a connection without a request.
+        age: a connection, before it is told to end.
+        grace: what is under way then; a request that is sent slowly has no other limit.
+    """
+
+    idle: float = 10.0
+    age: float = 30.0
+    grace: float = 10.0
+
+
+def make_enrolment_server(
+    enrolment: Enrolment, address: str, tls: Tls, hospitality: Hospitality | None = None
+) -> tuple[grpc.aio.Server, int]:
     """The enrolment service, not yet started, on a port of its own: devices have no certificate yet.
 
     Args:
         enrolment: what answers.
         address: HOST:PORT to listen on; port 0 takes a free one.
         tls: the server's certificate and key.
+        hospitality: how long connections may stay.
 
     Returns:
         The server, and the port that it listens on.
@@ -196,12 +215,7 @@ def make_enrolment_server(enrolment: Enrolment, address: str, tls: Tls) -> tuple
     Raises:
         UsageError: the address cannot be listened on.
     """
-    options = [
-        UNCOMPRESSED,
-        ("grpc.max_receive_message_length", LARGEST_REQUEST),
-        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
-        ("grpc.so_reuseport", 0),
-    ]
+    options = _options(hospitality or Hospitality())
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_MOST_AT_ONCE)
     server.add_generic_rpc_handlers((_Service(enrolment).handler(),))
     credentials = grpc.ssl_server_credentials([(tls.private_key, tls.certificate)])
@@ -209,3 +223,18 @@ def make_enrolment_server(enrolment: Enrolment, address: str, tls: Tls) -> tuple
         return server, server.add_secure_port(address, credentials)
     except RuntimeError:
         raise UsageError(f"cannot listen on {address}: is it free, and this machine's?") from None
+
+
+def _options(hospitality: Hospitality) -> list[tuple[str, int]]:
+    return [
+        UNCOMPRESSED,
+        ("grpc.max_receive_message_length", LARGEST_REQUEST),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", int(hospitality.idle * 1000)),
+        ("grpc.max_connection_age_ms", int(hospitality.age * 1000)),
+        ("grpc.max_connection_age_grace_ms", int(hospitality.grace * 1000)),
+        ("grpc.max_concurrent_streams", 2),
+        # Who opens more shuts enrolment for a while, but takes no files from the run.
+        ("grpc.max_allowed_incoming_connections", _MOST_CONNECTIONS),
+        ("grpc.so_reuseport", 0),
+    ]

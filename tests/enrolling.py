@@ -20,7 +20,7 @@ from propolis.protos import link_pb2 as pb
 from propolis.secure.identity import Signed
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.wire import fill
-from propolis.server.enroll import Enrolment, make_enrolment_server
+from propolis.server.enroll import Enrolment, Hospitality, make_enrolment_server
 from propolis.server.federation import Federation
 from propolis.server.foundation import SERVER_FOLDER, Foundation, found
 from propolis.server.membership import Membership
@@ -69,14 +69,19 @@ class _Recording(Enrolment):
 
 
 @contextmanager
-def serving(site: Site, tls_folder: Path | None = None, enrolment: Enrolment | None = None) -> Iterator[Address]:
+def serving(
+    site: Site,
+    tls_folder: Path | None = None,
+    enrolment: Enrolment | None = None,
+    hospitality: Hospitality | None = None,
+) -> Iterator[Address]:
     """The site's enrolment on a free port."""
     loop, ready, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     ports: list[int] = []
 
     async def serve() -> None:
         tls = load_tls(tls_folder or site.server)
-        server, port = make_enrolment_server(enrolment or site.enrolment, "127.0.0.1:0", tls)
+        server, port = make_enrolment_server(enrolment or site.enrolment, "127.0.0.1:0", tls, hospitality)
         await server.start()
         ports.append(port)
         ready.set()

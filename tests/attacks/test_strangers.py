@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +17,19 @@ import grpc
 import pytest
 from enrolling import Applicant, Site, enrolling, serving
 
-from propolis.client.enroll import enroll
+from propolis.client.enroll import Enrolling, enroll
 from propolis.link.address import Address
 from propolis.link.certificates import load_tls
 from propolis.protos import link_pb2 as pb
 from propolis.protos import link_pb2_grpc
 from propolis.secure.errors import StorageError, UsageError
+from propolis.server.enroll import Hospitality
 
 ENROLL, GET_AUTHORITY = "/propolis.link.v1.Enrolment/Enroll", "/propolis.link.v1.Enrolment/GetAuthority"
-WAIT_S = 30.0
+# Far more than the tests wait, of what they do not look at.
+LONG_S, WAIT_S = 300.0, 30.0
+# What a client of HTTP/2 says first, with empty settings.
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 
 @pytest.fixture
@@ -37,6 +44,28 @@ def channel_to(site: Site, address: Address, **options: Any) -> Iterator[grpc.Ch
     credentials = grpc.ssl_channel_credentials(site.authority.pem)
     with grpc.secure_channel(str(address), credentials, options=own, **options) as channel:
         yield channel
+
+
+def connected(site: Site, address: Address) -> ssl.SSLSocket:
+    """A connection that has said what it must, and asks for nothing."""
+    context = ssl.create_default_context(cadata=site.authority.pem.decode())
+    context.set_alpn_protocols(["h2"])
+    raw = socket.create_connection(("127.0.0.1", address.port), timeout=WAIT_S)
+    stream = context.wrap_socket(raw, server_hostname="localhost")
+    stream.sendall(PREFACE)
+    return stream
+
+
+def ends(stream: ssl.SSLSocket) -> bool:
+    """Whether the server closes it within the time of the test."""
+    try:
+        while stream.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 # What is written down.
@@ -126,3 +155,77 @@ def test_before_the_pin_a_device_takes_one_small_uncompressed_certificate(
     with in_between(site, size, compression) as address, pytest.raises(UsageError) as told:
         enroll(enrolling(address, site.token(), tmp_path / "device"))
     assert "cannot talk to" in str(told.value)
+
+
+# Who stays.
+
+
+def test_a_connection_that_asks_for_nothing_is_closed(site: Site) -> None:
+    with serving(site, hospitality=Hospitality(idle=0.3, age=LONG_S)) as address, connected(site, address) as stream:
+        assert ends(stream)
+
+
+def test_an_old_connection_is_closed(site: Site) -> None:
+    hospitality = Hospitality(idle=LONG_S, age=0.3, grace=0.3)
+    with serving(site, hospitality=hospitality) as address, connected(site, address) as stream:
+        assert ends(stream)
+
+
+def never(over: threading.Event) -> Iterator[bytes]:
+    """A request whose sender takes its time."""
+    over.wait(2 * WAIT_S)
+    yield b""
+
+
+def test_one_connection_has_two_requests_at_a_time(site: Site) -> None:
+    over = threading.Event()
+    with serving(site) as address, channel_to(site, address) as channel:
+        grpc.channel_ready_future(channel).result(WAIT_S)  # the server has said its limits
+        halves = [channel.stream_unary(ENROLL).future(never(over)) for _ in range(2)]
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary(GET_AUTHORITY)(b"", timeout=0.5)
+        assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+        halves[0].cancel()
+        assert channel.unary_unary(GET_AUTHORITY)(b"", timeout=WAIT_S)
+        over.set()
+
+
+def test_half_sent_requests_keep_a_device_out_for_a_moment_only(site: Site, tmp_path: Path) -> None:
+    hospitality, over = Hospitality(idle=LONG_S, age=1.0, grace=0.5), threading.Event()
+
+    with serving(site, hospitality=hospitality) as address, ExitStack() as stack:
+        stack.callback(over.set)
+        halves = []
+        for _ in range(32):
+            channel = stack.enter_context(channel_to(site, address))
+            halves += [channel.stream_unary(ENROLL).future(never(over), timeout=2 * WAIT_S) for _ in range(2)]
+        for half in halves:
+            assert half.code() is grpc.StatusCode.UNAVAILABLE
+        enroll_within(WAIT_S, enrolling(address, site.token(), tmp_path / "device"))
+
+
+def enroll_within(seconds: float, asked: Enrolling) -> None:
+    """As a person does: again, when the server has no time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            enroll(asked)
+        except UsageError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
+def test_strangers_connections_are_limited_and_leave_the_files_to_the_run(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("propolis.server.enroll._MOST_CONNECTIONS", 3)
+    with serving(site) as address:
+        with ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(connected(site, address))
+            with pytest.raises(OSError, match=r"EOF|reset"):
+                connected(site, address)
+        enroll_within(WAIT_S, enrolling(address, site.token(), tmp_path / "device"))
