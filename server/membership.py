@@ -42,6 +42,7 @@ class Membership:
         self.root_key = load_root(folder)
         self._seen = _stamp(folder / ROSTER_FILE)
         self.roster: TrustedRoster = load_roster_of(self.root_key, folder)
+        self._complaint: str | None = None
         self._enrolled: dict[int, Signed] = {}
         (folder / ENROLLED_FOLDER).mkdir(mode=0o700, exist_ok=True)
 
@@ -54,12 +55,12 @@ class Membership:
         stamp = _stamp(self._folder / ROSTER_FILE)
         if stamp == self._seen:
             return False
-        self._seen = stamp
         try:
             found = load_roster_of(self.root_key, self._folder)
-        except UsageError as error:
-            _log.warning("keeping roster %d: %s", self.roster.number, error)
+        except UsageError as error:  # half of it is copied, or no more files can be opened: look again
+            self._complain(str(error))
             return False
+        self._seen, self._complaint = stamp, None
         if found.number <= self.roster.number:
             if found.signed != self.roster.signed:
                 _log.warning("keeping roster %d: the one in the folder is %d", self.roster.number, found.number)
@@ -67,6 +68,12 @@ class Membership:
         _log.info("roster %d takes the place of %d", found.number, self.roster.number)
         self.roster = found
         return True
+
+    def _complain(self, fault: str) -> None:
+        """Once, however often it is found."""
+        if fault != self._complaint:
+            _log.warning("keeping roster %d: %s", self.roster.number, fault)
+            self._complaint = fault
 
     def require(self, name: DeviceName) -> None:
         """Let in a device that enrolled here and may still take part.

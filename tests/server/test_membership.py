@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -95,6 +97,46 @@ def test_after_a_bad_roster_a_good_one_is_taken(site: Site) -> None:
         (site.server / "roster.bin").write_bytes(data)
         taken = site.membership.refresh()
     assert taken
+
+
+def test_a_roster_that_cannot_be_opened_for_a_moment_is_not_lost(
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when strangers hold all the files that a process may have."""
+
+    def exhausted(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    joined(site)
+    site.federation.revoke("clinic")
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Path, "read_bytes", exhausted)
+        assert [site.membership.refresh() for _ in range(3)] == [False] * 3
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("keeping roster 2: ")
+    assert line.endswith("roster.bin: Too many open files")
+    assert site.membership.refresh()
+    assert site.membership.roster.roster.entries[0].revoked
+
+
+def test_a_copy_that_ends_without_a_trace_is_taken(site: Site) -> None:
+    """The clock of a file system has steps: the last bytes may come in the same one as those that were looked at."""
+    site.token("clinic")
+    path = site.server / "roster.bin"
+    good = path.read_bytes()
+    path.write_bytes(good[:-9] + bytes(9))
+    step = path.stat().st_mtime_ns
+    assert not site.membership.refresh()
+    path.write_bytes(good)
+    os.utime(path, ns=(step, step))
+    assert site.membership.refresh()
+
+
+def test_another_fault_of_the_roster_is_told_too(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    for damage in (Path.unlink, Path.touch, Path.unlink):
+        damage(site.server / "roster.bin")
+        site.membership.refresh()
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 3
 
 
 def test_a_roster_that_is_away_for_a_moment_is_waited_for(site: Site) -> None:
