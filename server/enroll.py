@@ -82,7 +82,7 @@ class Enrolment:
 
     def _invitation(self, request: EnrollRequest, now: float) -> Invitation:
         """The invitation, which the root made and has not taken back."""
-        self._membership.refresh()
+        self._membership.look()
         roster = self._membership.roster
         roster.require_current(now)
         try:

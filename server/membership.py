@@ -42,6 +42,7 @@ class Membership:
         self.root_key = load_root(folder)
         self._seen = _stamp(folder / ROSTER_FILE)
         self.roster: TrustedRoster = load_roster_of(self.root_key, folder)
+        self._reported = self.roster.number
         self._complaint: str | None = None
         self._enrolled: dict[int, Signed] = {}
         (folder / ENROLLED_FOLDER).mkdir(mode=0o700, exist_ok=True)
@@ -50,24 +51,29 @@ class Membership:
         """Take a newer roster where one was put into the folder; call it often, it costs a look at the file.
 
         Returns:
-            Whether there is a newer one now. One that is damaged, older, or not this root's is logged and ignored.
+            Whether there is a newer one than at the last call. One that is damaged, older, or not this root's is logged
+            and ignored.
         """
+        self.look()
+        before, self._reported = self._reported, self.roster.number
+        return before != self._reported
+
+    def look(self) -> None:
+        """`refresh` without a report, for who needs the newest roster in between: others still hear of it."""
         stamp = _stamp(self._folder / ROSTER_FILE)
         if stamp == self._seen:
-            return False
+            return
         try:
             found = load_roster_of(self.root_key, self._folder)
         except UsageError as error:  # half of it is copied, or no more files can be opened: look again
             self._complain(str(error))
-            return False
+            return
         self._seen, self._complaint = stamp, None
-        if found.number <= self.roster.number:
-            if found.signed != self.roster.signed:
-                _log.warning("keeping roster %d: the one in the folder is %d", self.roster.number, found.number)
-            return False
-        _log.info("roster %d takes the place of %d", found.number, self.roster.number)
-        self.roster = found
-        return True
+        if found.number > self.roster.number:
+            _log.info("roster %d takes the place of %d", found.number, self.roster.number)
+            self.roster = found
+        elif found.signed != self.roster.signed:
+            _log.warning("keeping roster %d: the one in the folder is %d", self.roster.number, found.number)
 
     def _complain(self, fault: str) -> None:
         """Once, however often it is found."""

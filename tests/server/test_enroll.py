@@ -50,6 +50,16 @@ def test_a_roster_that_was_copied_a_moment_ago_counts(site: Site) -> None:
     assert enrolment.answer(Applicant(site.token("new")).request(NOW), NOW).certificate
 
 
+def test_a_revocation_that_an_enrolment_finds_first_is_still_news_to_the_link(site: Site, device: Applicant) -> None:
+    """The link puts devices out when it hears of a newer roster."""
+    site.membership.refresh()
+    site.federation.revoke("clinic")
+    with pytest.raises(TrustError, match="is revoked"):
+        site.enrolment.answer(device.request(NOW), NOW)
+    assert site.membership.refresh()
+    assert not site.membership.refresh()
+
+
 def test_the_roots_key_is_not_needed(site: Site, device: Applicant) -> None:
     (site.folder / "root.key").unlink()
     assert site.enrolment.answer(device.request(NOW), NOW).certificate
