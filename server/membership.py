@@ -14,10 +14,12 @@ from propolis.secure.errors import PropolisError, Refusal, TrustError, UsageErro
 from propolis.secure.identity import Signed, TrustedRoster, descriptor_digest
 from propolis.secure.wire import decode, encode
 from propolis.server.roster import ROSTER_FILE, load_root, load_roster_of
-from propolis.storage import write_atomically
+from propolis.storage import locked, write_atomically
 
 ENROLLED_FOLDER = "enrolled"
 _LARGEST_DESCRIPTOR = 4096
+# Another server on the same folder holds it for one write; this one's devices wait meanwhile.
+_LOCK_FILE, _LOCK_S = ".lock", 5.0
 _log = logging.getLogger("propolis.server")
 
 
@@ -118,12 +120,13 @@ class Membership:
             TrustError: another descriptor has this place.
             StorageError: it could not be kept.
         """
-        before = self.enrolled(index)
-        if before is None:
-            write_atomically(_path(self._folder, index), encode(descriptor, pb.Signed), mode=0o600)
-            self._enrolled[index] = descriptor
-            _log.info("device %d has enrolled", index)
-        elif before.payload != descriptor.payload:
+        with locked(self._folder / ENROLLED_FOLDER / _LOCK_FILE, _LOCK_S):
+            before = self.enrolled(index)
+            if before is None:
+                write_atomically(_path(self._folder, index), encode(descriptor, pb.Signed), mode=0o600)
+                self._enrolled[index] = descriptor
+                _log.info("device %d has enrolled", index)
+        if before is not None and before.payload != descriptor.payload:
             raise TrustError(
                 Refusal.IDENTITY,
                 f"the token was used before, by another device: place {index} is taken. If that was not you, revoke it",

@@ -54,17 +54,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock among processes and threads; raises StorageError when another one holds it too long."""
+def locked(path: Path, wait_s: float | None = None) -> Iterator[None]:
+    """Hold a lock among processes and threads; raises StorageError when another one holds it for longer."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StorageError(f"cannot lock {path}: {error.strerror}") from None
+    wait_s = LOCK_DEADLINE_S if wait_s is None else wait_s
     try:
-        deadline = time.monotonic() + LOCK_DEADLINE_S
+        deadline = time.monotonic() + wait_s
         while not _try_lock(descriptor):
             if time.monotonic() > deadline:
-                raise StorageError(f"another process has kept {path} locked for {LOCK_DEADLINE_S:g} s")
+                raise StorageError(f"another process has kept {path} locked for {wait_s:g} s")
             time.sleep(_LOCK_POLL_S)
         yield
     finally:

@@ -7,10 +7,13 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from enrolling import DAY_S, Applicant, Site
@@ -19,6 +22,7 @@ from propolis.link.certificates import DeviceName
 from propolis.secure.errors import TrustError, UsageError
 from propolis.secure.identity import descriptor_digest
 from propolis.server.membership import Membership
+from propolis.storage import write_atomically
 
 
 @pytest.fixture
@@ -194,7 +198,7 @@ def test_who_enrolled_is_kept_over_a_restart(site: Site) -> None:
     descriptor = restarted.enrolled(0)
     assert descriptor is not None
     assert descriptor_digest(descriptor) == name.descriptor
-    (file,) = (site.server / "enrolled").iterdir()
+    file = site.server / "enrolled" / "0"
     assert file.stat().st_mode & 0o777 == 0o600
 
 
@@ -208,6 +212,29 @@ def test_the_first_descriptor_of_a_place_is_the_only_one(site: Site, restart: bo
     with pytest.raises(TrustError, match="the token was used before, by another device"):
         membership.admit(0, second.state.descriptor)
     assert Membership(site.server).enrolled(0) == first.state.descriptor
+
+
+def test_two_servers_on_one_folder_give_a_place_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = site.token("clinic")
+    devices, begun, go_on = [Applicant(token), Applicant(token)], threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        begun.set()
+        go_on.wait(10)
+        write_atomically(*arguments, **named)
+
+    monkeypatch.setattr("propolis.server.membership.write_atomically", slow)
+    with ThreadPoolExecutor(2) as threads:
+        admitted = []
+        for device in devices:
+            admitted.append(threads.submit(Membership(site.server).admit, 0, device.state.descriptor))
+            assert begun.wait(10)
+        wait(admitted, 0.3)  # the second one has looked whether the place is free
+        go_on.set()
+        assert admitted[0].result(10) is None
+        with pytest.raises(TrustError, match="by another device: place 0 is taken"):
+            admitted[1].result(10)
+    assert Membership(site.server).enrolled(0) == devices[0].state.descriptor
 
 
 KILLED = """
