@@ -37,7 +37,9 @@ from propolis.secure.errors import PropolisError, Refusal, TrustError, UsageErro
 from propolis.secure.identity import Invitation, descriptor_digest, trusted_roster, verify_descriptor
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.policy import Policy
-from propolis.storage import write_atomically
+from propolis.storage import locked, write_atomically
+
+LOCK_FILE = "enroll.lock"  # two at once would make a key, and keep a certificate, each of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,16 @@ def enroll(asked: Enrolling) -> Invitation:
     invitation = asked.token.verified()
     if invitation.root_online and asked.require_offline_root:
         raise UsageError("this federation keeps its root key on the server, which --require-offline-root refuses")
-    if (asked.folder / SETTINGS_FILE).exists():
-        raise UsageError(f"{asked.folder} is enrolled already: use another folder for another device")
+    asked.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(asked.folder / LOCK_FILE):
+        if (asked.folder / SETTINGS_FILE).exists():
+            raise UsageError(f"{asked.folder} is enrolled already: use another folder for another device")
+        _join(asked, invitation)
+    return invitation
+
+
+def _join(asked: Enrolling, invitation: Invitation) -> None:
+    """Ask for the place with keys of this device, and keep the answer."""
     device = _Device(asked, invitation)
     with Introduction(asked.server, asked.token.authority, asked.timeout) as introduction:
         reply = introduction.enroll(device.request(int(time.time())))
@@ -86,7 +96,6 @@ def enroll(asked: Enrolling) -> Invitation:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"the server's answer does not hold, and was not kept: {error}") from None
-    return invitation
 
 
 class _Device:

@@ -10,24 +10,28 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Command
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from enrolling import DAY_S, HOUR_S, Site, enrolling, serving
 
 from propolis.client.enroll import SETTINGS_FILE, enroll
 from propolis.client.seal import Seal
 from propolis.client.state import LOCK_FILE, STATE_FILE, FileStore
 from propolis.link.address import Address
-from propolis.link.certificates import DeviceName, fault_of, load_tls
+from propolis.link.certificates import DeviceName, fault_of, load_tls, new_tls_key
 from propolis.secure.errors import UsageError
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.policy import Policy
 from propolis.server.enroll import Enrolment
 from propolis.server.foundation import renew_server_certificate
+
+WAIT_S = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,7 @@ def test_a_device_joins_with_its_token(site: Site, server: Address, folder: Path
     assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
         STATE_FILE: 0o600,
         LOCK_FILE: 0o600,
+        "enroll.lock": 0o600,
         "tls.key": 0o600,
         "tls.pem": 0o644,
         "ca.pem": 0o644,
@@ -158,6 +163,22 @@ def test_a_device_that_has_joined_does_not_again(site: Site, server: Address, fo
     for token in (site.token("again"), site.token("another")):
         with pytest.raises(UsageError, match="is enrolled already: use another folder"):
             enroll(enrolling(server, token, folder))
+
+
+def test_two_at_once_in_one_folder_make_one_device(site: Site, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token, make, both = site.token("twice"), new_tls_key, threading.Barrier(2)
+
+    def slow() -> EllipticCurvePrivateKey:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # for the other one to have no key either
+        return make()
+
+    monkeypatch.setattr("propolis.client.enroll.new_tls_key", slow)
+    with serving(site) as address, ThreadPoolExecutor(2) as threads:
+        faults = [threads.submit(enroll, enrolling(address, token, folder)).exception for _ in range(2)]
+        (fault,) = [fault for fault in (each(WAIT_S) for each in faults) if fault is not None]
+    assert "is enrolled already" in str(fault)
+    assert fault_of(load_tls(folder), time.time()) is None
 
 
 def test_a_folder_with_the_keys_of_another_token_is_left_alone(site: Site, server: Address, folder: Path) -> None:
