@@ -126,5 +126,5 @@ def run_command(
     configure_logging(told.log_format)
     passphrase = passphrase_of(passphrase_file)
     if passphrase is not None:  # the mod of an app opens the device's state with it
-        os.environ[PASSPHRASE_VARIABLE] = passphrase.decode()
+        os.environb[PASSPHRASE_VARIABLE.encode()] = passphrase
     attend(folder, told, Attendance(once, patience), passphrase)

@@ -300,11 +300,14 @@ def test_the_command_says_each_mistake_in_one_line(
 ) -> None:
     token = site.token("clinic", HOUR_S).to_text()
     where = ("--dir", "device")
+    (tmp_path / "bytes").touch(mode=0o600)
+    (tmp_path / "bytes").write_bytes(b"\xff")
     for arguments, line in (
         (("--server", "nonsense", "--token", token), "expected HOST:PORT"),
         (("--server", server, "--token", token[:-3]), "mistyped or cut"),
         (("--server", server, "--token", "@missing"), "cannot read the token from missing"),
         (("--server", server, "--token", token, "--passphrase-file", "missing"), "cannot read missing"),
+        (("--server", server, "--token", token, "--passphrase-file", "bytes"), "the passphrase in bytes is no text"),
         (("--server", "localhost:1", "--token", token), "cannot connect to localhost:1"),
     ):
         assert line in mistake("client", "enroll", *arguments, *where)

@@ -119,3 +119,33 @@ def test_an_empty_passphrase_is_none_and_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PROPOLIS_PASSPHRASE", "")
     with pytest.raises(UsageError, match="PROPOLIS_PASSPHRASE is empty"):
         passphrase_of(None)
+
+
+@pytest.mark.parametrize(
+    ("passphrase", "line"),
+    [
+        (b"\xff\xfe", "is no text"),
+        (b"open\0sesame", "is no text"),
+        (b"\xed\xb3\xbf", "is no text"),  # a surrogate
+        (b"x" * 1024, "has 1024 bytes, at most 1023 can be"),
+    ],
+)
+def test_a_passphrase_that_nobody_can_type_is_one_line(tmp_path: Path, passphrase: bytes, line: str) -> None:
+    file = tmp_path / "passphrase"
+    file.touch(mode=0o600)
+    file.write_bytes(passphrase + b"\n")
+    with pytest.raises(UsageError, match=f"the passphrase in {file} {line}"):
+        passphrase_of(file)
+
+
+@pytest.mark.parametrize("passphrase", [b"\xff\xfe", b"x" * 1024])
+def test_neither_is_one_in_the_environment(monkeypatch: pytest.MonkeyPatch, passphrase: bytes) -> None:
+    monkeypatch.setitem(os.environb, b"PROPOLIS_PASSPHRASE", passphrase)
+    with pytest.raises(UsageError, match="the passphrase in PROPOLIS_PASSPHRASE "):
+        passphrase_of(None)
+
+
+def test_the_longest_passphrase_encrypts(tmp_path: Path) -> None:
+    longest = "ü".encode() * 511 + b"!"
+    save_private_key(tmp_path / "key", KEY, longest)
+    assert load_tls_key(tmp_path / "key", longest)

@@ -19,6 +19,7 @@ from propolis.storage import write_atomically
 
 PASSPHRASE_VARIABLE = "PROPOLIS_PASSPHRASE"  # noqa: S105, the name and no passphrase
 _LARGEST_FILE = 2**16
+_LONGEST_PASSPHRASE = 1023  # bytes; OpenSSL's limit
 
 
 def passphrase_of(file: Path | None) -> bytes | None:
@@ -28,16 +29,29 @@ def passphrase_of(file: Path | None) -> bytes | None:
         file: its first line is the passphrase.
 
     Raises:
-        UsageError: the file cannot be read, others may read it, or the passphrase is empty.
+        UsageError: the file cannot be read, others may read it, or the passphrase is empty, too long or no text.
     """
     if file is None:
-        given = os.environ.get(PASSPHRASE_VARIABLE)
-        passphrase, where = None if given is None else given.encode(), PASSPHRASE_VARIABLE
+        passphrase, where = os.environb.get(PASSPHRASE_VARIABLE.encode()), PASSPHRASE_VARIABLE
     else:
         passphrase, where = read_private(file).split(b"\n")[0].rstrip(b"\r"), str(file)
-    if passphrase == b"":
-        raise UsageError(f"the passphrase in {where} is empty")
+    if passphrase is not None:
+        _require_text(passphrase, where)
     return passphrase
+
+
+def _require_text(passphrase: bytes, where: str) -> None:
+    """What a person can type: it goes into an environment variable, and into libraries that take no more."""
+    if not passphrase:
+        raise UsageError(f"the passphrase in {where} is empty")
+    if len(passphrase) > _LONGEST_PASSPHRASE:
+        raise UsageError(f"the passphrase in {where} has {len(passphrase)} bytes, at most {_LONGEST_PASSPHRASE} can be")
+    try:
+        is_text = "\0" not in passphrase.decode()
+    except UnicodeDecodeError:
+        is_text = False
+    if not is_text:
+        raise UsageError(f"the passphrase in {where} is no text (UTF-8): write another one there")
 
 
 def encode_private_key(key: Any, passphrase: bytes | None = None) -> bytes:
