@@ -45,6 +45,16 @@ def a_folder(path: Path) -> None:
     path.mkdir(mode=0o700)
 
 
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path, 0o600)
+
+
+def a_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(os.devnull)
+
+
 def scribbled(path: Path) -> None:
     path.write_bytes(b"no key at all\n")
 
@@ -61,6 +71,8 @@ def huge(path: Path) -> None:
         (writable_by_all, "others may read .*key"),
         (Path.unlink, "cannot read .*key: No such file"),
         (a_folder, "cannot read .*key: Is a directory"),
+        (a_pipe, "key is a pipe, a device or the like: write the secret into a regular file"),
+        (a_device, "key is a pipe, a device or the like"),
         (scribbled, "holds no private key"),
         (huge, "larger than a key can be"),
     ],
@@ -70,6 +82,23 @@ def test_a_key_that_cannot_be_used_says_why(tmp_path: Path, damage: Callable[[Pa
     save_private_key(tmp_path / "key", KEY)
     damage(tmp_path / "key")
     with pytest.raises(UsageError, match=line):
+        load_private_key(tmp_path / "key")
+
+
+def owned_by(uid: int) -> Callable[[int], os.stat_result]:
+    """`os.fstat` where files are this user's; only root could give one away."""
+    fstat = os.fstat
+    return lambda descriptor: os.stat_result((*fstat(descriptor)[:4], uid, *fstat(descriptor)[5:]))
+
+
+def test_a_key_is_this_users_or_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_private_key(tmp_path / "key", KEY)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for owner in (0, 1000):
+        monkeypatch.setattr(os, "fstat", owned_by(owner))
+        assert load_private_key(tmp_path / "key")
+    monkeypatch.setattr(os, "fstat", owned_by(1001))
+    with pytest.raises(UsageError, match=r"key belongs to user 1001, who may .*: run this as that user"):
         load_private_key(tmp_path / "key")
 
 

@@ -108,18 +108,32 @@ def load_private_key(path: Path, passphrase: bytes | None = None) -> PrivateKeyT
 
 
 def read_private(path: Path) -> bytes:
-    """A file that nobody but its owner may read.
+    """A file that nobody but its owner may read, who is this user or root.
 
     Raises:
-        UsageError: it cannot be read, others may read it, or it is too large.
+        UsageError: it cannot be read, it is no regular file, it is another user's, others may read it, or it is too
+            large.
     """
     try:
-        with path.open("rb") as file:
-            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise UsageError(f"others may read {path}, which is a secret: chmod 600 {path}")
+        with open(path, "rb", opener=_without_waiting) as file:
+            _require_private(path, os.fstat(file.fileno()))
             data = file.read(_LARGEST_FILE + 1)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     if len(data) > _LARGEST_FILE:
         raise UsageError(f"{path} is larger than a key can be")
     return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A named pipe opens when somebody writes to it, and otherwise never."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _require_private(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise UsageError(f"{path} is a pipe, a device or the like: write the secret into a regular file")
+    if found.st_uid not in (os.geteuid(), 0):
+        raise UsageError(f"{path} belongs to user {found.st_uid}, who may change this secret: run this as that user")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        raise UsageError(f"others may read {path}, which is a secret: chmod 600 {path}")
