@@ -25,7 +25,7 @@ DEVICES = 3
 # `make soak` asks for more.
 KILLS = int(os.environ.get("PROPOLIS_SOAK_KILLS", "1"))
 # More than the longest pauses between kills leave time for.
-ROUNDS = 4 + 20 * KILLS
+ROUNDS = 4 + 12 * KILLS
 END_AFTER_S = 180 + 60 * KILLS
 
 
