@@ -42,3 +42,8 @@ def propolis(tmp_path: Path) -> Command:
 def mistake(propolis: Command) -> Callable[..., str]:
     """The one line that these arguments get."""
     return lambda *arguments: one_line_error(propolis(*arguments))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with whole engines, which take longest: two processes share the files."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
