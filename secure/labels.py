@@ -34,6 +34,9 @@ REQUEST = b"propolis/1 request"
 ROUNDING = b"propolis/1 rounding"
 CODEC = b"propolis/1 codec"
 BROADCAST = b"propolis/1 broadcast model"
+BLOB = b"propolis/1 registry blob"
+BLOB_NAME = b"propolis/1 registry blob name"
+REGISTRY_KEY = b"propolis/1 registry key"
 
 
 def digest(label: bytes, *parts: bytes | memoryview) -> bytes:

@@ -15,12 +15,12 @@ from propolis.secure.errors import StorageError, UsageError
 LOCK_DEADLINE_S, _LOCK_POLL_S = 30.0, 0.01
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_atomically(path: Path, data: bytes | Iterator[bytes], mode: int = 0o644) -> None:
     """Replace `path` by `data`, or leave it as it is; when this returns, the data is on the disk.
 
     Args:
         path: the file, in a folder that exists.
-        data: its new content.
+        data: its new content, whole or in pieces.
         mode: its permissions; nobody has more at any time.
 
     Raises:
@@ -30,12 +30,13 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(mode)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         previous = "; the previous one is whole" if path.exists() else ""
         raise StorageError(f"cannot write {path}: {error.strerror}{previous}") from None
@@ -44,7 +45,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a replacement last: the name is the folder's content, not the file's."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

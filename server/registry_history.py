@@ -1,0 +1,129 @@
+"""A registry's rows as records, and the history of its aliases."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
+
+from propolis.secure.errors import UsageError
+from propolis.server.registry_records import Evaluation, Lineage, Version, require_alias
+from propolis.server.registry_tables import alias_changes, evaluations, tags, versions
+
+_LINEAGE = tuple(each.name for each in fields(Lineage))
+
+
+def records_of(connection: Connection, *wanted: ColumnElement[bool]) -> list[Version]:
+    """The versions that the conditions leave, by model and number, with all that is known of them."""
+    rows = connection.execute(select(versions).where(*wanted).order_by(versions.c.model, versions.c.version)).all()
+    ids = select(versions.c.id).where(*wanted)
+    aliases = defaultdict[int, list[str]](list)
+    for change in connection.execute(_current_aliases().order_by(alias_changes.c.alias)):
+        aliases[change.version_id].append(change.alias)
+    tagged = defaultdict[int, dict[str, str]](dict)
+    for tag in connection.execute(select(tags).where(tags.c.version_id.in_(ids)).order_by(tags.c.key)):
+        tagged[tag.version_id][tag.key] = tag.value
+    evaluated = defaultdict[int, list[Evaluation]](list)
+    for each in connection.execute(
+        select(evaluations).where(evaluations.c.version_id.in_(ids)).order_by(evaluations.c.id)
+    ):
+        evaluated[each.version_id].append(Evaluation(each.data, each.metrics, each.evaluated_at))
+    return [_record(row, aliases[row.id], tagged[row.id], evaluated[row.id]) for row in rows]
+
+
+def row_of(connection: Connection, model: str, wanted: int | str, where: str) -> Row[Any]:
+    """The row of one version, by its number or an alias; raises UsageError, which says that it is not in `where`."""
+    number = int(wanted) if str(wanted).isdecimal() else Aliases(connection, model).at(str(wanted))
+    row = connection.execute(
+        select(versions).where(versions.c.model == model, versions.c.version == number)
+    ).one_or_none()
+    if row is not None:
+        return row
+    known = connection.scalars(
+        select(versions.c.version).where(versions.c.model == model).order_by(versions.c.version)
+    ).all()
+    if not known:
+        raise UsageError(f"there is no model '{model}' in {where}")
+    raise UsageError(f"{model} has no version or alias '{wanted}': its versions are {_spans(known)}")
+
+
+class Aliases:
+    """The aliases of one model, inside of a transaction.
+
+    Each change is a row that names the row before it. A rollback is a change to the version of the row before the
+    present one, and takes over what *that* one names, so that the next rollback goes further back and not forth.
+    """
+
+    def __init__(self, connection: Connection, model: str) -> None:
+        self._connection, self._model = connection, model
+
+    def at(self, alias: str) -> int | None:
+        """The version that an alias is at."""
+        row = self._current(alias)
+        return None if row is None else self._version(row)
+
+    def set(self, alias: str, version_id: int) -> None:
+        """Set an alias; raises UsageError when it is no word."""
+        current = self._current(require_alias(alias))
+        if current is None or current.version_id != version_id:
+            self._add(alias, version_id, None if current is None else current.id)
+
+    def set_back(self, alias: str) -> int:
+        """Set an alias to the version that it was at before, and return that; raises UsageError without one."""
+        current = self._current(alias)
+        if current is None:
+            raise UsageError(f"{self._model} has no alias '{alias}'")
+        if current.before is None:
+            raise UsageError(f"{self._model} had no {alias} before version {self._version(current)}")
+        before = self._connection.execute(select(alias_changes).where(alias_changes.c.id == current.before)).one()
+        self._add(alias, before.version_id, before.before)
+        return self._version(before)
+
+    def _current(self, alias: str) -> Row[Any] | None:
+        mine = (alias_changes.c.model == self._model, alias_changes.c.alias == alias)
+        return self._connection.execute(
+            select(alias_changes).where(*mine).order_by(alias_changes.c.id.desc()).limit(1)
+        ).one_or_none()
+
+    def _version(self, change: Row[Any]) -> int:
+        return int(
+            self._connection.execute(select(versions.c.version).where(versions.c.id == change.version_id)).scalar_one()
+        )
+
+    def _add(self, alias: str, version_id: int, before: int | None) -> None:
+        row = {
+            "model": self._model,
+            "alias": alias,
+            "version_id": version_id,
+            "before": before,
+            "changed_at": time.time(),
+        }
+        self._connection.execute(alias_changes.insert().values(row))
+
+
+def _current_aliases() -> Select[Any]:
+    last = select(func.max(alias_changes.c.id)).group_by(alias_changes.c.model, alias_changes.c.alias)
+    return select(alias_changes).where(alias_changes.c.id.in_(last))
+
+
+def _record(row: Row[Any], aliases: Sequence[str], tagged: dict[str, str], evaluated: Sequence[Evaluation]) -> Version:
+    return Version(
+        model=row.model,
+        version=row.version,
+        digest=row.digest,
+        size=row.size,
+        created_at=row.created_at,
+        lineage=Lineage(**{name: getattr(row, name) for name in _LINEAGE}),
+        aliases=tuple(aliases),
+        tags=tagged,
+        evaluations=tuple(evaluated),
+    )
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """``1 to 3``; versions have no gaps."""
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

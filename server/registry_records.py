@@ -1,0 +1,124 @@
+"""What a registry says of a version: frozen records, and the names that are allowed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from propolis.secure.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LONGEST_VALUE, _LONGEST_DATA_NAME = 1000, 200
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a version comes from; what is not known is None.
+
+    Attributes:
+        federation: fingerprint of the federation's root, in hexadecimal.
+        run_id: of the run that trained it.
+        round: after which it was the global model.
+        parent: the version of the same model that it was made from.
+        configuration: the settings of the run.
+        metrics: on the server's test set, and whatever else the last round reported.
+        uplink_bytes: that all devices sent in the run.
+        downlink_bytes: that all devices received in the run.
+        survivors: devices whose update is in the last round.
+    """
+
+    federation: str | None = None
+    run_id: str | None = None
+    round: int | None = None
+    parent: int | None = None
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    uplink_bytes: int | None = None
+    downlink_bytes: int | None = None
+    survivors: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures of a version on a data set.
+
+    Attributes:
+        data: the data set's name.
+        metrics: by name; None where it was not a finite number.
+        evaluated_at: seconds since 1970.
+    """
+
+    data: str
+    metrics: Mapping[str, float | None]
+    evaluated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of a model, which never changes but for aliases, tags and evaluations.
+
+    Attributes:
+        model: its model's name.
+        version: 1 for the first of its model.
+        digest: SHA-256 of its file, in hexadecimal.
+        size: of its file, in bytes.
+        created_at: seconds since 1970.
+        lineage: where it comes from.
+        aliases: that are at this version.
+        tags: by key.
+        evaluations: the oldest first.
+    """
+
+    model: str
+    version: int
+    digest: str
+    size: int
+    created_at: float
+    lineage: Lineage
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    evaluations: tuple[Evaluation, ...]
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.version}"
+
+
+def require_name(name: str, what: str = "model") -> str:
+    """The name again; raises UsageError unless it has 1 to 64 letters, digits, dots, dashes and underscores."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{what} {name[:80]!r}: expected at most 64 letters, digits, dots, dashes and underscores, "
+            "the first a letter or a digit"
+        )
+    return name
+
+
+def require_alias(alias: str) -> str:
+    """The alias again; raises UsageError unless it is a name, and no number: that would be a version."""
+    if alias.isdecimal():
+        raise UsageError(f"alias '{alias}': a number is a version; choose a word")
+    return require_name(alias, "alias")
+
+
+def require_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
+    """The tags again; raises UsageError when a key is no name, or a value is too long."""
+    for key, value in tags.items():
+        require_name(key, "tag")
+        if len(value) > _LONGEST_VALUE or "\0" in value:
+            raise UsageError(f"tag '{key}': expected a text of at most {_LONGEST_VALUE} characters")
+    return tags
+
+
+def require_data_name(name: str) -> str:
+    """The data set's name again; raises UsageError when it is empty, too long or not printable."""
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST_DATA_NAME:
+        raise UsageError(f"data set {name[:80]!r}: expected 1 to {_LONGEST_DATA_NAME} printable characters")
+    return name
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON can say them: None for what is infinite or not a number."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
