@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from propolis.logs import one_line
 from propolis.server.checkpoint import RoundRecord, RunState
+from propolis.server.size import format_bytes
 from propolis.settings import Settings
 from propolis.storage import write_atomically
 
@@ -152,15 +153,6 @@ def write_results(
 def write_config(out: Path, settings: Settings) -> None:
     """Write the resolved settings, in the form that ``--config`` reads."""
     write_atomically(out / CONFIG, tomli_w.dumps(settings.model_dump(exclude_none=True)).encode())
-
-
-def format_bytes(count: float) -> str:
-    """``1234567`` as ``1.23 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _cells(record: RoundRecord) -> tuple[str, ...]:

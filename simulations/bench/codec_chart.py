@@ -8,7 +8,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
-from propolis.server.report import format_bytes
+from propolis.server.size import format_bytes
 from propolis.simulations.bench.codec_figures import WINDOW
 from propolis.simulations.bench.codec_jobs import CODECS, REFERENCE, Course
 

@@ -22,6 +22,7 @@ from propolis.logs import configure_logging, one_line
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
 from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
+from propolis.server.models_cli import models_app
 from propolis.settings import Settings, load_settings
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -37,6 +38,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Side-by-side benchmarks against peers.", no_args_is_help=True)
 app.add_typer(federation_app, name="federation")
 app.add_typer(client_app, name="client")
+app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
@@ -124,7 +126,7 @@ def simulate_command(
 
 def _summary(result: dict[str, Any]) -> str:
     """A result in one line."""
-    from propolis.server.report import format_bytes
+    from propolis.server.size import format_bytes
 
     figures = [f"{name} {result[name]:.4f}" for name in ("accuracy", "loss") if result[name] is not None]
     return (
