@@ -35,6 +35,10 @@ class ServerConfig(BaseModel):
     app: str | None = Field(None, description="MODULE:NAME of a Flower ServerApp to run in place of the ready one.")
     heartbeat: int = Field(10, ge=1, le=3600, description="Seconds in which each side of a connection is heard.")
     largest_message: int = Field(4096, ge=1, le=_LARGEST_MB, description="Largest reply of a device, in MiB.")
+    registry: str | None = Field(
+        None, description="Folder or PostgreSQL URL of the registry that the model goes to when the run is complete."
+    )
+    model: str | None = Field(None, description="Its name in the registry; the task's by default.")
     log_format: Literal["text", "json"] = Field("text", description="How the log is written to standard error.")
 
 

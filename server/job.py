@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -24,6 +25,7 @@ from propolis.server.app import (
     run_digest,
 )
 from propolis.server.checkpoint import RunState, load_checkpoint
+from propolis.server.registration import RUN, Registration
 from propolis.server.report import (
     CONFIG,
     CURVES,
@@ -39,7 +41,8 @@ from propolis.settings import Settings, load_settings
 from propolis.task import Examples, Task
 
 CHECKPOINT = "checkpoint.safetensors"
-_FILES = (RESULT, MODEL, CURVES, CONFIG, CHECKPOINT)
+_FILES = (RESULT, MODEL, CURVES, CONFIG, CHECKPOINT, RUN)
+_log = logging.getLogger("propolis.server")
 
 
 class Rounds(Protocol):
@@ -59,6 +62,7 @@ class RunOptions:
         force: replace another run's files.
         console: where rounds are shown; None shows nothing.
         logger: name of the logger that each round has a line in; None: no lines.
+        registration: where the model goes when the run is complete; None: it stays in the folder.
     """
 
     out: Path
@@ -66,6 +70,7 @@ class RunOptions:
     force: bool = False
     console: Console | None = None
     logger: str | None = None
+    registration: Registration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +82,14 @@ class Job:
         test: the server's test set.
         device: that evaluates.
         members: of the federation, where updates are protected.
+        federation: fingerprint of the federation's root, where devices belong to one.
     """
 
     task: Task
     test: Examples
     device: torch.device
     members: Members | None = None
+    federation: bytes | None = None
 
 
 def run_job(
@@ -101,10 +108,10 @@ def run_job(
             the run at the next exchange; returns when the rounds are done.
 
     Returns:
-        The content of result.json.
+        The content of result.json, and what the model was registered as.
 
     Raises:
-        UsageError: the folder is not usable; nothing has been written.
+        UsageError: the folder or the registry is not usable; nothing has been written.
         PropolisError: the run failed; the rounds completed so far are in the folder, with status ``failed``.
         KeyboardInterrupt: the user stopped it; likewise, with status ``interrupted``.
     """
@@ -120,6 +127,7 @@ def run_job(
         checkpoint=options.out / CHECKPOINT,
         cancelled=cancelled,
     )
+    _prepare_registry(options)
     _prepare_folder(settings, options)
     log = LogReport(settings.rounds, options.logger) if options.logger else None
     try:
@@ -133,7 +141,28 @@ def run_job(
                 options.out, settings, run.state, "interrupted" if stopped else "failed", Failure.of(error, run.retries)
             )
         raise
-    return write_results(options.out, settings, run.state, "completed")
+    result = write_results(options.out, settings, run.state, "completed")
+    return result | registered(options, job.federation)
+
+
+def registered(options: RunOptions, federation: bytes | None) -> dict[str, Any]:
+    """Register the run that is complete in its folder, where that is asked for.
+
+    Returns:
+        What to add to the result; see `Registration.register`.
+
+    Raises:
+        UsageError: it could not be registered; the message says how to go on.
+    """
+    if options.registration is None:
+        return {}
+    try:
+        return options.registration.register(options.out, federation)
+    except UsageError as error:
+        again = f"`propolis models register {options.out} --model {options.registration.model}`"
+        raise type(error)(
+            f"the run in {options.out} is complete, but not registered: {error}; mended, {again}"
+        ) from None
 
 
 def require_feasible(settings: Settings, task: Task, devices: int, max_weight: float) -> None:
@@ -196,6 +225,11 @@ def _changed(before: Settings, after: Settings) -> set[str]:
     changed = {key for key in Settings.model_fields if getattr(before, key) != getattr(after, key)}
     # The cosine reaches zero after the last round, so each round depends on how many there are.
     return changed - (MAY_CHANGE_ON_RESUME - ({"rounds"} if before.lr_schedule == "cosine" else set()))
+
+
+def _prepare_registry(options: RunOptions) -> None:
+    if options.registration is not None and (notice := options.registration.prepare()):
+        _log.warning("%s", notice)
 
 
 def _prepare_folder(settings: Settings, options: RunOptions) -> None:

@@ -24,14 +24,25 @@ from propolis.link.spool import Spools
 from propolis.references import load_attribute
 from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.server.app import Members
+from propolis.server.checkpoint import RunState
 from propolis.server.config import Served, ServerConfig
 from propolis.server.enroll import Enrolment
-from propolis.server.job import Job, Rounds, RunOptions, require_feasible, require_same_run, run_job, state_of_run
+from propolis.server.job import (
+    Job,
+    Rounds,
+    RunOptions,
+    registered,
+    require_feasible,
+    require_same_run,
+    run_job,
+    state_of_run,
+)
 from propolis.server.link import LinkOptions, LinkServer
 from propolis.server.link_grid import LinkGrid
 from propolis.server.membership import Membership
 from propolis.server.post import Post
-from propolis.server.report import CONFIG, result_of
+from propolis.server.registration import Registration
+from propolis.server.report import CONFIG, result_of, write_results
 from propolis.settings import Settings
 from propolis.storage import alone
 from propolis.task import check_task, choose_device, load_task
@@ -63,12 +74,13 @@ def serve(served: Served, passphrase: bytes | None = None, console: Console | No
     """
     quiet_flower()
     config, out = served.config, Path(served.config.out)
+    registration = _registration(served)
     tls, membership = _ourselves(config, passphrase)
     enrolment = _enrolment(config, membership, passphrase)
     out.mkdir(parents=True, exist_ok=True)
     with alone(out / _PROCESS_LOCK, f"another server works in {out}: name another folder"):
         if config.app is None:
-            return _run_ready(served, (tls, membership, enrolment), console)
+            return _run_ready(served, (tls, membership, enrolment), console, registration)
         _run_app(load_server_app(config.app), served, (tls, membership, enrolment))
         return None
 
@@ -112,21 +124,28 @@ def _enrolment(config: ServerConfig, membership: Membership, passphrase: bytes |
 
 
 def _run_ready(
-    served: Served, ends: tuple[Tls, Membership, Enrolment | None], console: Console | None
+    served: Served,
+    ends: tuple[Tls, Membership, Enrolment | None],
+    console: Console | None,
+    registration: Registration | None,
 ) -> dict[str, Any]:
     """The ready ServerApp over the devices that connect; a run that is complete is left as it is."""
     settings, config, out = served.settings, served.config, Path(served.config.out)
     require_same_run(out, settings)
     task = load_task(settings.task, settings.data)
     start = state_of_run(out, settings, task)
+    begun_before = (out / CONFIG).is_file()  # and ended before its first round did
+    logger = None if console else _log.name
+    options = RunOptions(out, start is not None, begun_before, console, logger, registration)
+    tls, membership, enrolment = ends
+    federation = membership.roster.roster.federation
     if start is not None and start.completed >= settings.rounds:
         _log.info("the run in %s is complete: nothing is left to do", out)
-        return result_of(settings, start, "completed")
-    tls, membership, enrolment = ends
+        return _result_again(settings, start, options, federation)
     members = _members(settings, membership, out)
     if members is not None:
         require_feasible(settings, task, settings.clients, members.max_weight)
-    job = Job(task, check_task(task).test, choose_device(settings.device), members)
+    job = Job(task, check_task(task).test, choose_device(settings.device), members, federation)
     torch.set_num_threads(1)
 
     def over(rounds: Rounds, _: threading.Event) -> None:
@@ -134,9 +153,23 @@ def _run_ready(
             _wait_for_devices(link, settings.clients, config.wait_seconds)
             rounds(grid)
 
-    begun_before = (out / CONFIG).is_file()  # and ended before its first round did
-    options = RunOptions(out, start is not None, begun_before, console, None if console else _log.name)
     return run_job(settings, options, job, over)
+
+
+def _result_again(settings: Settings, state: RunState, options: RunOptions, federation: bytes) -> dict[str, Any]:
+    """Of a run that is complete; a crash may have come between its last round and its registration."""
+    if options.registration is not None:
+        options.registration.prepare()
+        write_results(options.out, settings, state, "completed")
+    return result_of(settings, state, "completed") | registered(options, federation)
+
+
+def _registration(served: Served) -> Registration | None:
+    config = served.config
+    registration = Registration.asked(config.registry, config.model, served.settings.task)
+    if registration is not None and config.app is not None:
+        raise UsageError("registry: a ServerApp of your own keeps its model itself; register it with `propolis models`")
+    return registration
 
 
 def _members(settings: Settings, membership: Membership, out: Path) -> Members | None:

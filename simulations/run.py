@@ -34,7 +34,7 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
     """Train a task's model over simulated devices.
 
     Returns:
-        The content of result.json.
+        The content of result.json, and what the model was registered as.
 
     Raises:
         UsageError: the task, the data, the partition or the folder is not usable; nothing has been written.
@@ -52,7 +52,8 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
     if settings.is_protected:
         require_feasible(settings, task, settings.clients, largest)
     members = Members(federation.verified_roster, largest, settings.seed) if federation else None
-    job = Job(task, data.test, device, members)
+    fingerprint = federation.verified_roster.roster.federation if federation else None
+    job = Job(task, data.test, device, members, fingerprint)
     return run_job(settings, options, job, partial(_over_backend, settings, federation))
 
 

@@ -97,6 +97,12 @@ def simulate_command(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; a new one by default.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Folder of a run to go on with.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another run in the folder.")] = False,
+    registry: Annotated[
+        str | None, typer.Option("--registry", help="Folder or PostgreSQL URL of the registry that the model goes to.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Its name in the registry; the task's by default.")
+    ] = None,
     as_json: JsonFlag = False,
     **flags: Any,
 ) -> None:
@@ -108,13 +114,15 @@ def simulate_command(
     from rich.console import Console
 
     from propolis.server.job import RunOptions, settings_to_resume
+    from propolis.server.registration import Registration
     from propolis.simulations.run import simulate
 
     console = None if as_json else Console()
     settings = settings or settings_to_resume(Path(resume or ""), flags)
     folder = resume or out or Path("runs") / f"{settings.task.replace(':', '.')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    registration = Registration.asked(registry, model, settings.task)
     try:
-        result = simulate(settings, RunOptions(folder, resume is not None, force, console))
+        result = simulate(settings, RunOptions(folder, resume is not None, force, console, registration=registration))
     except KeyboardInterrupt:
         _stop(f"interrupted; go on with: propolis simulate --resume {folder}", EXIT_INTERRUPTED)
     if as_json:
@@ -122,6 +130,12 @@ def simulate_command(
         return
     typer.echo(_summary(result))
     typer.echo(f"result.json, model.safetensors, curves.png and config.toml are in {folder}")
+    _say_registered(result)
+
+
+def _say_registered(result: dict[str, Any]) -> None:
+    if version := result.get("registered"):
+        typer.echo(f"registered as {version['model']} {version['version']} in {version['registry']}")
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -164,6 +178,7 @@ def server_command(
     elif result is not None:
         typer.echo(_summary(result))
         typer.echo(f"result.json, model.safetensors and config.toml are in {served.config.out}")
+        _say_registered(result)
 
 
 @bench_app.command("simulate")

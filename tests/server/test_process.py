@@ -24,6 +24,8 @@ from propolis.client.state import FOLDER_KEY
 from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.server.config import load_served
 from propolis.server.process import serve
+from propolis.server.registry import Registry
+from propolis.server.roster import load_roster
 from propolis.simulations.apps import load_data
 from propolis.simulations.federation import make_federation
 from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
@@ -94,6 +96,23 @@ def test_a_run_that_ended_early_is_gone_on_with(site: Path, devices: Callable[[]
     assert longer is not None
     assert longer["history"][:2] == first["history"]
     assert len(longer["history"]) == 4
+
+
+def test_a_run_is_registered_once_however_often_its_server_is_started(
+    site: Path, devices: Callable[[], Devices]
+) -> None:
+    started, registry = devices(), str(site / "registry")
+    result = run(site, registry=registry, model="digits")
+    started.close()
+    assert result is not None
+    assert result["registered"] == {"registry": registry, "model": "digits", "version": 1}
+    (site / "run" / "result.json").unlink()  # as a crash between the last checkpoint and the results leaves it
+    assert run(site, registry=registry, model="digits") == result
+    assert run(site, registry=registry) == result, "the model has the task's name"
+    (version,) = Registry(registry).versions()
+    assert bytes.fromhex(version.lineage.federation or "") == load_roster(site / SERVER_FOLDER).roster.federation
+    with pytest.raises(UsageError, match=r"registry: a ServerApp of your own keeps its model itself"):
+        run(site, registry=registry, app="harness:app")
 
 
 def test_a_folder_with_another_run_is_refused(site: Path, devices: Callable[[], Devices]) -> None:
