@@ -191,3 +191,11 @@ def test_a_run_that_replaces_another_is_another_version(tmp_path: Path) -> None:
         simulate(settings, RunOptions(tmp_path / "run", force=True, registration=registration))["registered"]["version"]
         == 2
     )
+
+
+def test_a_run_that_was_interrupted_is_not_registered_later(tmp_path: Path) -> None:
+    simulate(Settings(task="harness:Blobs", clients=3, rounds=1, epochs=1), RunOptions(tmp_path / "run"))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    (tmp_path / "run" / "result.json").write_text(json.dumps({**result, "status": "interrupted"}))
+    with pytest.raises(UsageError, match="is not complete: only complete ones are registered"):
+        register_run(Registry.make(tmp_path / "registry"), "blobs", tmp_path / "run")

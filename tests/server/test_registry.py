@@ -20,6 +20,7 @@ from sqlalchemy import create_engine, event, text
 from propolis.secure.errors import StorageError, UsageError
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Lineage
+from propolis.storage import locked
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +344,27 @@ def test_a_writer_waits_for_another_one_and_a_reader_does_not(tmp_path: Path) ->
         other.execute("COMMIT")
         waiting.join(timeout=30)
     assert registry.version("digits", 1).aliases == ("champion",)
+
+
+def test_a_reader_that_takes_its_time_holds_up_no_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("propolis.server.registry_database._WAIT_S", 1)
+    registry = Registry.make(tmp_path / "registry")
+    registry.register("digits", model_file(tmp_path))
+    with registry._database.reading() as connection:
+        connection.execute(text("SELECT * FROM propolis_version")).all()
+        registry.promote("digits", 1)
+
+
+def test_who_makes_a_registry_waits_for_who_does_so_already(tmp_path: Path) -> None:
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    making = threading.Thread(target=Registry.make, args=(folder,))
+    with locked(folder / ".lock"):
+        making.start()
+        making.join(timeout=1)
+        assert not (folder / "registry.key").exists()
+    making.join(timeout=30)
+    assert Registry(folder).versions() == []
 
 
 def test_a_full_disk_is_one_line_and_registers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
