@@ -17,7 +17,7 @@ from propolis.secure.errors import StorageError, UsageError
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.policy import Policy
-from propolis.storage import locked, write_atomically
+from propolis.storage import locked, remove_stale, write_atomically
 
 T = TypeVar("T")
 
@@ -141,8 +141,7 @@ class FileStore:
         path = self._folder / STATE_FILE
         with locked(self._folder / LOCK_FILE):
             for file in (STATE_FILE, MODEL_FILE):
-                for stale in self._folder.glob(f".{file}.*"):  # of a write that a crash ended: it may hold old secrets
-                    stale.unlink(missing_ok=True)
+                remove_stale(self._folder / file)
             before = _read(path, self._seal)
             device = Device(DeviceState.from_bytes(before), self.policy, time.time())
             result = step(device)

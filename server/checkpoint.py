@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from propolis.secure.errors import UsageError
 from propolis.server.model import GlobalModel
-from propolis.storage import write_atomically
+from propolis.storage import remove_stale, write_atomically
 
 _FORMAT = 2
 
@@ -96,6 +96,7 @@ def save_checkpoint(path: Path, state: RunState, run: str) -> None:
     tensors[_HISTORY] = np.frombuffer(history, np.uint8)
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
     header = {"format": _FORMAT, "run": run, "sha256": _digest(contiguous)}
+    remove_stale(path)
     write_atomically(path, save(contiguous, metadata={"propolis": json.dumps(header)}))
 
 

@@ -26,7 +26,7 @@ from propolis.secure.identity import Root, Roster, RosterEntry, descriptor_diges
 from propolis.server.foundation import INVITATIONS_FOLDER, ROOT_KEY_FILE, SERVER_FOLDER
 from propolis.server.membership import ENROLLED_FOLDER, read_enrolled
 from propolis.server.roster import ROOT_FILE, load_root, load_roster_of, replace_roster
-from propolis.storage import locked, write_atomically
+from propolis.storage import locked, remove_stale, write_atomically
 
 LOCK_FILE = "federation.lock"
 
@@ -146,6 +146,7 @@ class Federation:
         following, invitation, key = root.invite(roster, name, not_after=not_after, root_online=self.root_online)
         authority = fingerprint_of(to_der(parse_certificate(load_pem(self.server / AUTHORITY_FILE))))
         token = Token(invitation, key.private, self._root_key, authority).to_text()
+        remove_stale(self._token_file(index))
         write_atomically(self._token_file(index), token.encode() + b"\n", mode=0o600)
         replace_roster(self.server, root.sign_roster(following))
         return token

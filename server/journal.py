@@ -9,7 +9,7 @@ from propolis.secure.errors import StorageError
 from propolis.secure.identity import TrustedRoster
 from propolis.secure.secagg.server import SecAggServer
 from propolis.server.batch import Batch
-from propolis.storage import write_atomically
+from propolis.storage import remove_stale, write_atomically
 
 _DIGEST = 32  # bytes
 
@@ -28,6 +28,7 @@ class Journal:
     def keep(self, batch: Batch, server: SecAggServer) -> None:
         """Write a round down; raises StorageError."""
         self._is_fresh = False
+        remove_stale(self._path)
         write_atomically(self._path, batch.asked + batch.shared_input + server.to_bytes(), mode=0o600)
 
     def recall(self, batch: Batch, roster: TrustedRoster) -> tuple[Batch, SecAggServer] | None:

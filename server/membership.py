@@ -14,7 +14,7 @@ from propolis.secure.errors import PropolisError, Refusal, TrustError, UsageErro
 from propolis.secure.identity import Signed, TrustedRoster, descriptor_digest
 from propolis.secure.wire import decode, encode
 from propolis.server.roster import ROSTER_FILE, load_root, load_roster_of
-from propolis.storage import locked, write_atomically
+from propolis.storage import locked, remove_stale, write_atomically
 
 ENROLLED_FOLDER = "enrolled"
 _LARGEST_DESCRIPTOR = 4096
@@ -123,6 +123,7 @@ class Membership:
         with locked(self._folder / ENROLLED_FOLDER / _LOCK_FILE, _LOCK_S):
             before = self.enrolled(index)
             if before is None:
+                remove_stale(_path(self._folder, index))
                 write_atomically(_path(self._folder, index), encode(descriptor, pb.Signed), mode=0o600)
                 self._enrolled[index] = descriptor
                 _log.info("device %d has enrolled", index)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from propolis.secure.errors import StorageError, UsageError
 
 LOCK_DEADLINE_S, _LOCK_POLL_S = 30.0, 0.01
+_RANDOM_LETTERS = 8  # that `tempfile` ends a name with
 
 
 def write_atomically(path: Path, data: bytes | Iterator[bytes], mode: int = 0o644) -> None:
@@ -43,6 +45,16 @@ def write_atomically(path: Path, data: bytes | Iterator[bytes], mode: int = 0o64
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_stale(path: Path) -> None:
+    """Remove what writes of `path` left when they were killed: it may be large, or secret.
+
+    Call it where nobody else writes `path`, under a lock where others might.
+    """
+    with suppress(OSError):  # the write that follows says what is wrong
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.{'?' * _RANDOM_LETTERS}"):
+            stale.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_step_that_changes_nothing_writes_nothing(federation: Federation, tmp_
 def test_what_a_crash_left_of_an_older_state_is_removed(tmp_path: Path) -> None:
     """It holds secrets that a closed round must not leave behind."""
     FileStore.create(tmp_path / "device", make_federation(1).devices[0])
-    stale = tmp_path / "device" / ".device.state.a1b2c3"
+    stale = tmp_path / "device" / ".device.state.a1b2c3d4"
     stale.write_bytes(b"old secrets")
     FileStore(tmp_path / "device", Policy()).change(lambda device: None)
     assert not stale.exists()

@@ -45,6 +45,13 @@ def test_after_a_crash_the_same_round_costs_no_second_reveal(tmp_path: Path, cod
         np.testing.assert_array_equal(weights(again)[name], values)
 
 
+def test_what_a_killed_write_left_does_not_stay(tmp_path: Path) -> None:
+    left = tmp_path / ".journal.a1b2c3d4"
+    left.write_bytes(b"shares")
+    list(grid_of(Hive(5), tmp_path / "journal").send_and_receive(asked(1)))
+    assert not left.exists()
+
+
 @pytest.mark.parametrize(("number", "kind"), [(2, "train"), (1, "evaluate")])
 def test_another_round_is_asked_of_the_devices(tmp_path: Path, number: int, kind: str) -> None:
     hive = Hive(5)

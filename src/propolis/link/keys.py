@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from propolis.secure.errors import UsageError
 from propolis.secure.identity import SigningKey
-from propolis.storage import write_atomically
+from propolis.storage import remove_stale, write_atomically
 
 PASSPHRASE_VARIABLE = "PROPOLIS_PASSPHRASE"  # noqa: S105, the name and no passphrase
 _LARGEST_FILE = 2**16
@@ -65,6 +65,7 @@ def encode_private_key(key: Any, passphrase: bytes | None = None) -> bytes:
 
 def save_private_key(path: Path, key: Any, passphrase: bytes | None = None) -> None:
     """Write a private key that only its owner may read; raises StorageError."""
+    remove_stale(path)
     write_atomically(path, encode_private_key(key, passphrase), mode=0o600)
 
 
