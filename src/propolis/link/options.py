@@ -12,6 +12,7 @@ _COMMON = [
     ("grpc.max_send_message_length", LARGEST_FRAME),
     # A frame is as large as it looks: gRPC would inflate a compressed one before it measures it.
     ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.per_message_decompression", 0),  # a client would inflate it all the same
     # It grows the buffers of every connection to four times what a thousand idle devices may cost.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.keepalive_time_ms", _PING_S * 1000),
