@@ -47,7 +47,7 @@ class Descriptor(_message.Message):
     def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., index: _Optional[int] = ..., signing_key: _Optional[bytes] = ..., hpke_key: _Optional[bytes] = ...) -> None: ...
 
 class Roster(_message.Message):
-    __slots__ = ("version", "federation", "number", "not_after", "entries")
+    __slots__ = ("version", "federation", "number", "not_after", "entries", "revoked_releases")
     class Entry(_message.Message):
         __slots__ = ("name", "public_key", "revoked")
         NAME_FIELD_NUMBER: _ClassVar[int]
@@ -62,12 +62,14 @@ class Roster(_message.Message):
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_RELEASES_FIELD_NUMBER: _ClassVar[int]
     version: int
     federation: bytes
     number: int
     not_after: int
     entries: _containers.RepeatedCompositeFieldContainer[Roster.Entry]
-    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., number: _Optional[int] = ..., not_after: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[Roster.Entry, _Mapping]]] = ...) -> None: ...
+    revoked_releases: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., number: _Optional[int] = ..., not_after: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[Roster.Entry, _Mapping]]] = ..., revoked_releases: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Prekey(_message.Message):
     __slots__ = ("number", "public_key")

@@ -61,6 +61,11 @@ class Refusal(IntEnum):
     STORAGE = 18  # this device's state could not be read or written
     UNKNOWN_PEER = 19  # a neighbour that this device has no descriptor of: the server must send it once more
     BASE = 20  # the model cannot be rebuilt from what this device has: it needs the whole
+    RELEASE_KEY = 21  # a package that no key of the federation's root stands behind: forged, expired or revoked
+    PACKAGE = 22  # a package, or its key, that is not what its manifest says, or meant for somebody else
+    EXPIRED = 23  # a manifest whose time is over
+    ROLLED_BACK = 24  # a package that is not newer than one already trusted
+    PROBE = 25  # a model that does not run, or not as it should, on the golden batch
 
     @property
     def reason(self) -> str:

@@ -31,6 +31,7 @@ _LARGEST_ROSTER = 2**26
 # Every other signed payload: a few keys and a name.
 _LARGEST_STATEMENT = 2048
 _LONGEST_NAME = 200
+_MOST_REVOKED_RELEASES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,16 @@ class RosterEntry:
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """All the invitations by index, signed by the root; `number` rises with every change."""
+    """All the invitations by index, and the release keys that are revoked by serial, signed by the root.
+
+    `number` rises with every change.
+    """
 
     federation: bytes = sized(DIGEST_BYTES)
     number: int = between(1, 2**62)
     not_after: int = between(0, 2**62)
     entries: tuple[RosterEntry, ...] = many(LARGEST_INDEX + 1)
+    revoked_releases: tuple[int, ...] = between(1, 2**62, count=_MOST_REVOKED_RELEASES, default=())
     version: int = version_field()
 
     def with_entry(self, entry: RosterEntry) -> Roster:
@@ -113,6 +118,10 @@ class Roster:
         entries = (*self.entries[:index], revoked, *self.entries[index + 1 :])
         return replace(self, number=self.number + 1, entries=entries)
 
+    def revoking_release(self, serial: int) -> Roster:
+        """The next roster, with a release key revoked."""
+        return replace(self, number=self.number + 1, revoked_releases=(*self.revoked_releases, serial))
+
     def lasting(self, not_after: int) -> Roster:
         """The next roster, valid until `not_after`, in seconds since 1970."""
         return replace(self, number=self.number + 1, not_after=not_after)
@@ -126,15 +135,22 @@ def sign(label: bytes, private_key: bytes, message: object, proto: type[Message]
 
 
 def verify(
-    label: bytes, public_key: bytes, signed: Signed, cls: type[T], proto: Any, refusal: Refusal, *context: bytes
+    label: bytes,
+    public_key: bytes,
+    signed: Signed,
+    cls: type[T],
+    proto: Any,
+    refusal: Refusal,
+    *context: bytes,
+    limit: int = _LARGEST_STATEMENT,
 ) -> T:
-    """The short message under a signature.
+    """The short message, of at most `limit` bytes, under a signature.
 
     Raises:
         TrustError: with `refusal`, when the signature is not this key's under this label and context.
         PeerError: the signed bytes are not such a message, or longer than any.
     """
-    if len(signed.payload) > _LARGEST_STATEMENT:
+    if len(signed.payload) > limit:
         raise PeerError(Refusal.MALFORMED, f"a {cls.__name__.lower()} of {len(signed.payload)} bytes")
     try:
         _verify_signature(public_key, labels.joined(label, *context, signed.payload), signed.signature)
@@ -213,9 +229,13 @@ class Root:
         signed = sign(labels.INVITATION, self._key.private, invitation, pb.Invitation)
         return roster.with_entry(RosterEntry(name, key.public)), signed, key
 
+    def sign(self, label: bytes, message: object, proto: type[Message]) -> Signed:
+        """A statement of the root that another module defines."""
+        return sign(label, self._key.private, message, proto)
+
     def sign_roster(self, roster: Roster) -> Signed:
         """The roster as devices accept it."""
-        return sign(labels.ROSTER, self._key.private, roster, pb.Roster)
+        return self.sign(labels.ROSTER, roster, pb.Roster)
 
 
 def verify_invitation(root_key: bytes, signed: Signed) -> Invitation:

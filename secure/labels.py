@@ -37,6 +37,12 @@ BROADCAST = b"propolis/1 broadcast model"
 BLOB = b"propolis/1 registry blob"
 BLOB_NAME = b"propolis/1 registry blob name"
 REGISTRY_KEY = b"propolis/1 registry key"
+DELEGATION = b"propolis/1 release key"
+MANIFEST = b"propolis/1 model manifest"
+CONTENT = b"propolis/1 model content"
+CONTENT_KEY = b"propolis/1 content key"
+CHUNKS = b"propolis/1 content chunks"
+WRAPPED_KEY = b"propolis/1 wrapped key"
 
 
 def digest(label: bytes, *parts: bytes | memoryview) -> bytes:

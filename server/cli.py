@@ -158,6 +158,50 @@ def renew(
     typer.echo(_to_do(federation))
 
 
+@federation_app.command("release-key")
+def release_key(
+    folder: FolderArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File for the key; FILE.delegation beside it.")],
+    valid_days: DaysFlag = 90,
+    models: Annotated[
+        list[str] | None, typer.Option("--model", metavar="NAME", help="Only for this model; may be repeated.")
+    ] = None,
+    passphrase_file: PassphraseFlag = None,
+    key_passphrase_file: Annotated[
+        Path | None, typer.Option("--key-passphrase-file", help="File with a passphrase to encrypt the new key under.")
+    ] = None,
+) -> None:
+    """Make a key that may release models.
+
+    It signs packages for the devices, wherever it is kept.
+    """
+    from propolis.link.keys import passphrase_of
+    from propolis.server.federation import Federation
+    from propolis.server.release_key import make_release_key
+
+    key_passphrase = passphrase_of(key_passphrase_file) if key_passphrase_file else None
+    federation = Federation(folder, passphrase_of(passphrase_file))
+    made = make_release_key(federation, out, valid_days * DAY_S, time.time(), tuple(models or ()), key_passphrase)
+    typer.echo(f"release key {made.claimed.serial} is in {out}, what the root says of it in {out}.delegation")
+
+
+@federation_app.command("revoke-release-key")
+def revoke_release_key(
+    folder: FolderArgument,
+    serial: Annotated[int, typer.Argument(metavar="SERIAL", help="The key's number.")],
+    passphrase_file: PassphraseFlag = None,
+) -> None:
+    """Let devices refuse all that a release key signed, also what they have installed."""
+    from propolis.link.keys import passphrase_of
+    from propolis.server.federation import Federation
+
+    federation = Federation(folder, passphrase_of(passphrase_file))
+    if federation.revoke_release_key(serial):
+        typer.echo(f"release key {serial} is revoked; {_to_do(federation)}")
+    else:
+        typer.echo(f"release key {serial} was revoked before")
+
+
 def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 

@@ -21,14 +21,17 @@ from propolis.link.certificates import (
 )
 from propolis.link.keys import load_signing_key, read_private
 from propolis.link.token import Token
+from propolis.protos import identity_pb2 as pb
 from propolis.secure.errors import UsageError
-from propolis.secure.identity import Root, Roster, RosterEntry, descriptor_digest
+from propolis.secure.identity import Root, Roster, RosterEntry, Signed, descriptor_digest
+from propolis.secure.release import delegate
+from propolis.secure.wire import encode
 from propolis.server.foundation import INVITATIONS_FOLDER, ROOT_KEY_FILE, SERVER_FOLDER
 from propolis.server.membership import ENROLLED_FOLDER, read_enrolled
 from propolis.server.roster import ROOT_FILE, load_root, load_roster_of, replace_roster
 from propolis.storage import locked, remove_stale, write_atomically
 
-LOCK_FILE = "federation.lock"
+LOCK_FILE, RELEASES_FOLDER = "federation.lock", "releases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +128,44 @@ class Federation:
         with self._changing() as root:
             replace_roster(self.server, root.sign_roster(self.roster.lasting(int(not_after))))
 
+    def delegate_release_key(self, public_key: bytes, lifetime_s: int, now: float, models: tuple[str, ...]) -> Signed:
+        """Let a key release models, and keep what was said; for the arguments see `propolis.secure.release.delegate`.
+
+        Raises:
+            UsageError: a name is none of a model.
+        """
+        with self._changing() as root:
+            serial = max((*self._serials(), *self.roster.revoked_releases), default=0) + 1
+            signed = delegate(root, serial, public_key, now, lifetime_s, models)
+            folder = self._home / RELEASES_FOLDER
+            folder.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(folder / str(serial), encode(signed, pb.Signed))
+            return signed
+
+    def revoke_release_key(self, serial: int) -> bool:
+        """Let devices refuse all that a release key signed; False when they do already.
+
+        Raises:
+            UsageError: this folder knows no such key.
+        """
+        with self._changing() as root:
+            roster = self.roster
+            if serial in roster.revoked_releases:
+                return False
+            if serial not in self._serials():
+                raise UsageError(f"there is no release key {serial} in {self._home / RELEASES_FOLDER}")
+            replace_roster(self.server, root.sign_roster(roster.revoking_release(serial)))
+            return True
+
     def members(self, now: float) -> list[Member]:
         """All the places; `now` is in seconds since 1970."""
         roster = self.roster
         return [self._member(index, entry, roster.federation, now) for index, entry in enumerate(roster.entries)]
+
+    def _serials(self) -> list[int]:
+        """Of the release keys that this folder knows."""
+        folder = self._home / RELEASES_FOLDER
+        return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
 
     def _member(self, index: int, entry: RosterEntry, federation: bytes, now: float) -> Member:
         if entry.revoked:

@@ -1,0 +1,151 @@
+from propolis.protos import identity_pb2 as _identity_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Delegation(_message.Message):
+    __slots__ = ("version", "federation", "serial", "public_key", "not_before", "not_after", "models")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    NOT_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    federation: bytes
+    serial: int
+    public_key: bytes
+    not_before: int
+    not_after: int
+    models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., serial: _Optional[int] = ..., public_key: _Optional[bytes] = ..., not_before: _Optional[int] = ..., not_after: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PackagedFile(_message.Message):
+    __slots__ = ("name", "size", "digest", "kind")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    digest: bytes
+    kind: int
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., digest: _Optional[bytes] = ..., kind: _Optional[int] = ...) -> None: ...
+
+class Measure(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("largest_difference", "seconds")
+    LARGEST_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    largest_difference: float
+    seconds: float
+    def __init__(self, largest_difference: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Manifest(_message.Message):
+    __slots__ = ("version", "federation", "name", "sequence", "model_version", "plaintext_digest", "plaintext_size", "ciphertext_digest", "ciphertext_size", "key_commitment", "parent", "run_id", "round", "epsilon", "delta", "evaluation", "created", "expires", "files", "trial")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PLAINTEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PLAINTEXT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CIPHERTEXT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CIPHERTEXT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KEY_COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    federation: bytes
+    name: str
+    sequence: int
+    model_version: int
+    plaintext_digest: bytes
+    plaintext_size: int
+    ciphertext_digest: bytes
+    ciphertext_size: int
+    key_commitment: bytes
+    parent: int
+    run_id: bytes
+    round: int
+    epsilon: float
+    delta: float
+    evaluation: _containers.RepeatedCompositeFieldContainer[Measure]
+    created: int
+    expires: int
+    files: _containers.RepeatedCompositeFieldContainer[PackagedFile]
+    trial: Trial
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., name: _Optional[str] = ..., sequence: _Optional[int] = ..., model_version: _Optional[int] = ..., plaintext_digest: _Optional[bytes] = ..., plaintext_size: _Optional[int] = ..., ciphertext_digest: _Optional[bytes] = ..., ciphertext_size: _Optional[int] = ..., key_commitment: _Optional[bytes] = ..., parent: _Optional[int] = ..., run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., evaluation: _Optional[_Iterable[_Union[Measure, _Mapping]]] = ..., created: _Optional[int] = ..., expires: _Optional[int] = ..., files: _Optional[_Iterable[_Union[PackagedFile, _Mapping]]] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ...) -> None: ...
+
+class Header(_message.Message):
+    __slots__ = ("version", "delegation", "manifest", "chunk_digests")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DELEGATION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    delegation: _identity_pb2.Signed
+    manifest: _identity_pb2.Signed
+    chunk_digests: bytes
+    def __init__(self, version: _Optional[int] = ..., delegation: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., manifest: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., chunk_digests: _Optional[bytes] = ...) -> None: ...
+
+class WrappedKey(_message.Message):
+    __slots__ = ("version", "manifest", "index", "sealed")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    manifest: bytes
+    index: int
+    sealed: bytes
+    def __init__(self, version: _Optional[int] = ..., manifest: _Optional[bytes] = ..., index: _Optional[int] = ..., sealed: _Optional[bytes] = ...) -> None: ...
+
+class Trusted(_message.Message):
+    __slots__ = ("sequence", "manifest", "serial")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    manifest: bytes
+    serial: int
+    def __init__(self, sequence: _Optional[int] = ..., manifest: _Optional[bytes] = ..., serial: _Optional[int] = ...) -> None: ...
+
+class Installed(_message.Message):
+    __slots__ = ("version", "slots", "newest")
+    class Slot(_message.Message):
+        __slots__ = ("slot", "model_version", "release")
+        SLOT_FIELD_NUMBER: _ClassVar[int]
+        MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+        RELEASE_FIELD_NUMBER: _ClassVar[int]
+        slot: int
+        model_version: int
+        release: Trusted
+        def __init__(self, slot: _Optional[int] = ..., model_version: _Optional[int] = ..., release: _Optional[_Union[Trusted, _Mapping]] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    slots: _containers.RepeatedCompositeFieldContainer[Installed.Slot]
+    newest: Trusted
+    def __init__(self, version: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[Installed.Slot, _Mapping]]] = ..., newest: _Optional[_Union[Trusted, _Mapping]] = ...) -> None: ...
