@@ -23,6 +23,7 @@ from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
 from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
 from propolis.server.models_cli import models_app
+from propolis.server.package_cli import package_app
 from propolis.settings import Settings, load_settings
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -39,6 +40,7 @@ bench_app = typer.Typer(help="Side-by-side benchmarks against peers.", no_args_i
 app.add_typer(federation_app, name="federation")
 app.add_typer(client_app, name="client")
 app.add_typer(models_app, name="models")
+app.add_typer(package_app, name="package")
 app.add_typer(bench_app, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from propolis.secure.envelope import OVERHEAD_BYTES, open_sealed, seal
-from propolis.secure.errors import PeerError, Refusal
+from propolis.secure.envelope import (
+    CHUNK_BYTES,
+    OVERHEAD_BYTES,
+    chunk_count,
+    commit_to,
+    open_content,
+    open_sealed,
+    seal,
+    seal_content,
+    sealed_size,
+)
+from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.identity import agreement_key
 
 PRIVATE, PUBLIC = agreement_key()
@@ -71,3 +83,57 @@ def test_what_is_no_key_is_not_sealed_to(key: bytes) -> None:
     with pytest.raises(PeerError, match="no X25519 public key") as caught:
         seal(b"secret", key, b"info")
     assert caught.value.refusal is Refusal.KEYS
+
+
+# A content, in chunks.
+
+KEY = bytes(range(32))
+
+
+def chunks_of(plaintext: bytes) -> list[bytes]:
+    return [plaintext[i : i + CHUNK_BYTES] for i in range(0, len(plaintext), CHUNK_BYTES)]
+
+
+def sealed_chunks(plaintext: bytes, context: bytes = b"context") -> list[bytes]:
+    chunks = chunks_of(plaintext)
+    return list(seal_content(KEY, context, chunks, len(chunks)))
+
+
+def assert_content_closed(chunks: list[bytes], count: int, key: bytes = KEY, context: bytes = b"context") -> None:
+    with pytest.raises(TrustError) as caught:
+        list(open_content(key, context, chunks, count))
+    assert caught.value.refusal is Refusal.PACKAGE
+
+
+@given(st.integers(min_value=1, max_value=3 * CHUNK_BYTES))
+@example(CHUNK_BYTES)
+@example(CHUNK_BYTES + 1)
+@settings(deadline=None, max_examples=20)
+def test_a_content_opens_and_is_as_long_as_said(size: int) -> None:
+    plaintext = (b"content " * (size // 8 + 1))[:size]
+    sealed = sealed_chunks(plaintext)
+    assert len(sealed) == chunk_count(size)
+    assert sum(map(len, sealed)) == sealed_size(size)
+    assert b"".join(open_content(KEY, b"context", sealed, len(sealed))) == plaintext
+
+
+def test_chunks_are_where_they_were_and_the_last_is_the_last() -> None:
+    first, second, last = sealed = sealed_chunks(bytes(2 * CHUNK_BYTES + 1))
+    for changed in ([first, second], [second, first, last], [first, last], [*sealed, last], [first, first, last], []):
+        assert_content_closed(changed, 3)
+        assert_content_closed(changed, max(1, len(changed)))
+
+
+def test_a_content_opens_under_its_key_and_context_only() -> None:
+    sealed = sealed_chunks(b"content")
+    assert_content_closed(sealed, 1, key=bytes(32))
+    assert_content_closed(sealed, 1, context=b"another")
+    for bit in range(8 * len(sealed[0])):
+        forged = bytearray(sealed[0])
+        forged[bit // 8] ^= 1 << bit % 8
+        assert_content_closed([bytes(forged)], 1)
+
+
+def test_a_commitment_is_to_one_key() -> None:
+    assert commit_to(KEY) != commit_to(bytes(32))
+    assert commit_to(KEY) not in (KEY, hashlib.sha256(KEY).digest())

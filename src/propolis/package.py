@@ -1,0 +1,184 @@
+"""Packages in files: what the server writes and a device reads, a chunk at a time.
+
+package     magic, length of the header (4 bytes), header (`Header` of protos/model.proto), ciphertext
+keys        magic, digest of the manifest, then for each device, by rising index: index (4 bytes), sealed key (80 bytes)
+one key     `WrappedKey` of protos/model.proto, which is also what travels to a device
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from struct import Struct
+from typing import BinaryIO, Self
+
+from propolis.protos import model_pb2 as pb
+from propolis.secure.content import WRAPPED_BYTES, WrappedKey, checked_chunks, require_chunk_digests
+from propolis.secure.envelope import SEALED_CHUNK_BYTES, chunk_count
+from propolis.secure.errors import PeerError, Refusal, TrustError, UsageError
+from propolis.secure.identity import DIGEST_BYTES, Signed
+from propolis.secure.manifest import LARGEST_PLAINTEXT, Manifest, Release
+from propolis.secure.wire import decode, encode, sized, version_field
+from propolis.storage import write_atomically
+
+_MAGIC, _KEYS_MAGIC = b"propolis package\x01", b"propolis keys\x01"
+_LENGTH, _RECORD = Struct(">I"), Struct(f">I{WRAPPED_BYTES}s")
+# The digests of the chunks of the largest content, and room for the two signed statements.
+_LARGEST_HEADER = DIGEST_BYTES * chunk_count(LARGEST_PLAINTEXT) + 2**18
+_LARGEST_KEY = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a package begins with."""
+
+    delegation: Signed
+    manifest: Signed
+    chunk_digests: bytes = sized(DIGEST_BYTES, DIGEST_BYTES * chunk_count(LARGEST_PLAINTEXT))
+    version: int = version_field()
+
+    @property
+    def release(self) -> Release:
+        """What is signed."""
+        return Release(self.delegation, self.manifest)
+
+    @property
+    def framed(self) -> bytes:
+        """The header as a package begins with it."""
+        encoded = encode(self, pb.Header)
+        return _MAGIC + _LENGTH.pack(len(encoded)) + encoded
+
+
+class Package:
+    """An open package file; nothing in it is believed.
+
+    Args:
+        file: of the package, which is read from here on.
+        name: for messages.
+
+    Raises:
+        PeerError: it is no package.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        if _read(file, len(_MAGIC)) != _MAGIC:
+            raise PeerError(Refusal.MALFORMED, f"{name} is no package of this version of Propolis")
+        length = int.from_bytes(_read(file, _LENGTH.size), "big")
+        if length > _LARGEST_HEADER:
+            raise PeerError(Refusal.MALFORMED, f"the header of {name} has {length} bytes, {_LARGEST_HEADER} at most")
+        self.header = decode(Header, _read(file, length), pb.Header, _LARGEST_HEADER)
+        self._begin = file.tell()
+
+    @property
+    def release(self) -> Release:
+        """The signed statements that the package comes with."""
+        return self.header.release
+
+    def require_whole(self, manifest: Manifest) -> None:
+        """Refuse a file that is longer or shorter than its manifest says, before it is read.
+
+        Raises:
+            TrustError: it is, or the digests of its chunks are not the manifest's.
+        """
+        require_chunk_digests(manifest, self.header.chunk_digests)
+        size = os.fstat(self._file.fileno()).st_size - self._begin
+        if size != manifest.ciphertext_size:
+            raise TrustError(
+                Refusal.PACKAGE, f"the package has {size} bytes of content, expected {manifest.ciphertext_size}"
+            )
+
+    def chunks(self) -> Iterator[bytes]:
+        """The ciphertext, chunk by chunk, each checked against its digest; raises TrustError."""
+        self._file.seek(self._begin)
+        return checked_chunks(iter(lambda: _read(self._file, SEALED_CHUNK_BYTES), b""), self.header.chunk_digests)
+
+    def parts(self) -> Iterator[bytes]:
+        """The whole file in parts, to copy it: what is not what it was when it was checked raises TrustError."""
+        yield self.header.framed
+        yield from self.chunks()
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, *, follow: bool = True) -> Iterator[Self]:
+        """Open a package; raises UsageError when it cannot be read, and as the constructor does."""
+        with _opened(path, follow) as file:
+            yield cls(file, path.name)
+
+
+def write_keys(path: Path, manifest: bytes, keys: Iterable[WrappedKey]) -> None:
+    """Write the keys of all devices, which come by rising index; raises StorageError."""
+    records = (_RECORD.pack(key.index, key.sealed) for key in keys)
+    write_atomically(path, chain((_KEYS_MAGIC + manifest,), records))
+
+
+def write_key(path: Path, key: WrappedKey) -> None:
+    """Write one device's key; raises StorageError."""
+    write_atomically(path, encode(key, pb.WrappedKey), mode=0o600)
+
+
+def read_key(path: Path, index: int, *, follow: bool = True) -> WrappedKey:
+    """A device's key, from a file with its own or with those of all devices.
+
+    Args:
+        path: the file.
+        index: the device's.
+        follow: whether the file may be a symbolic link.
+
+    Raises:
+        UsageError: it cannot be read.
+        PeerError: it is no such file, or has no key for this device.
+    """
+    with _opened(path, follow) as file:
+        begin = _read(file, len(_KEYS_MAGIC) + DIGEST_BYTES)
+        if begin.startswith(_KEYS_MAGIC) and len(begin) == len(_KEYS_MAGIC) + DIGEST_BYTES:
+            sealed = _find(file, len(begin), index)
+            key = None if sealed is None else WrappedKey(begin[len(_KEYS_MAGIC) :], index, sealed)
+        else:
+            key = decode(WrappedKey, begin + _read(file, _LARGEST_KEY), pb.WrappedKey, _LARGEST_KEY)
+    if key is None or key.index != index:
+        raise PeerError(Refusal.PACKAGE, f"{path.name} has no key for device {index}: the package is not for it")
+    return key
+
+
+def _find(file: BinaryIO, begin: int, index: int) -> bytes | None:
+    """Binary search: a few reads, however many devices there are."""
+    low, high = 0, (os.fstat(file.fileno()).st_size - begin) // _RECORD.size
+    while low < high:
+        middle = (low + high) // 2
+        file.seek(begin + middle * _RECORD.size)
+        found, sealed = _RECORD.unpack(_read(file, _RECORD.size))
+        if found == index:
+            return bytes(sealed)
+        low, high = (middle + 1, high) if found < index else (low, middle)
+    return None
+
+
+@contextmanager
+def _opened(path: Path, follow: bool) -> Iterator[BinaryIO]:
+    """A file that is one; raises UsageError."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)  # a pipe does not block
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UsageError(f"cannot read {path}: it is no file")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    """Bytes of a file, fewer at its end; raises UsageError where the disk does not give them."""
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise UsageError(f"cannot read a package or its key: {error.strerror}") from None
