@@ -1,0 +1,202 @@
+"""A package is installed: checked, opened in memory, tried, and only then put in the place of the one before.
+
+Plain weights never touch the disk, unless the device's owner says so: a slot has the package as it came and the key as
+it was sealed to this device, and what is installed is checked again whenever it is opened. That takes no network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+
+from propolis.client.keyholder import Keyholder
+from propolis.client.probe import Probe, try_model
+from propolis.client.slots import Record, Slot, Slots, Trusted, records
+from propolis.package import Package
+from propolis.secure.content import WrappedKey, open_files, unwrap_key
+from propolis.secure.errors import PropolisError, Refusal, RefusedError, StorageError, TrustError, UsageError
+from propolis.secure.manifest import Accepted, Expected, Manifest, accept, accept_again
+
+LARGEST_MODEL = 2**30
+_log = logging.getLogger("propolis.client")
+
+
+class Outcome(IntEnum):
+    """How far a package got on a device."""
+
+    FETCHED = 1
+    VERIFIED = 2
+    PROBE_PASSED = 3
+    INSTALLED = 4
+    FAILED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a device says of a package: a step that is done, or why it failed, as a `Refusal` is called in words."""
+
+    outcome: Outcome
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Opened:
+    """An installed model, in memory.
+
+    Attributes:
+        manifest: what was released.
+        files: by name.
+        fell_back: this is the one before, for the current one does not open or does not run.
+    """
+
+    manifest: Manifest
+    files: Mapping[str, bytes]
+    fell_back: bool = False
+
+
+class Installer:
+    """The models of one device.
+
+    Args:
+        folder: the device's.
+        device: that opens them.
+        probe: tries a model before it is trusted; None where nothing on this device can run it.
+        largest: bytes of a model's plain files that this device takes at most.
+        tell: hears of every step of an installation.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: Keyholder,
+        probe: Probe | None = None,
+        *,
+        largest: int = LARGEST_MODEL,
+        tell: Callable[[Status], None] = lambda _: None,
+    ) -> None:
+        self._folder, self._device, self._probe = folder, device, probe
+        self._largest, self._tell = largest, tell
+
+    def install(
+        self, path: Path, key: WrappedKey, now: float, *, name: str | None = None, store_plain: bool = False
+    ) -> Manifest:
+        """Install the package in a file; where it is installed already, nothing changes.
+
+        Args:
+            path: the file.
+            key: to the package, for this device.
+            now: seconds since 1970.
+            name: of the model that is expected; None takes any, each has slots of its own.
+            store_plain: leave the plain files in the slot, for other programs.
+
+        Returns:
+            What is installed now.
+
+        Raises:
+            PeerError, TrustError: the package is refused.
+            UsageError, StorageError: it could not be read or kept.
+        """
+        expected = Expected(now, self._largest, name)
+        try:
+            with Package.open(path) as package:
+                self._tell(Status(Outcome.FETCHED))
+                accepted = accept(package.release, self._device.trust, expected)
+                slots = Slots(self._folder, accepted.manifest.name)
+                with slots.locked():
+                    record = self._trust(package, slots, expected)
+                    files = self._open(package, key, accepted)
+                    self._tell(Status(Outcome.VERIFIED))
+                    self._try(accepted.manifest, files)
+                    slot = self._keep(package, key, slots, record, accepted)
+                    if store_plain:
+                        slots.keep_plain(slot, files)
+        except PropolisError as error:
+            refusal = error.refusal if isinstance(error, RefusedError) else Refusal.STORAGE
+            self._tell(Status(Outcome.FAILED, refusal.reason))
+            raise
+        self._tell(Status(Outcome.INSTALLED))
+        return accepted.manifest
+
+    def open(self, name: str | None = None) -> Opened:
+        """The model that is installed, checked and tried again.
+
+        Where the current one does not hold, it is the one before, from then on.
+
+        Args:
+            name: of the model; None where there is only one.
+
+        Raises:
+            UsageError: there is no such model, or none of its slots opens.
+        """
+        installed = records(self._folder)
+        if name is None and len(installed) > 1:
+            raise UsageError(f"there is more than one model in {self._folder}, name one: {', '.join(installed)}")
+        if not installed:
+            raise UsageError(f"no model is installed in {self._folder}")
+        name = name or next(iter(installed))
+        if name not in installed:
+            raise UsageError(f"{name} is not installed in {self._folder}")
+        slots, faults = Slots(self._folder, name), list[str]()
+        with slots.locked():
+            record = slots.record() or installed[name]
+            for place, slot in enumerate(record.slots):
+                try:
+                    return self._open_slot(slots, record, place)
+                except PropolisError as error:
+                    _log.warning("slot %s of %s: %s", slot.letter, name, error)
+                    faults.append(f"{slot.letter}: {error}")
+        raise UsageError(f"no slot of {name} can be used, install it again: {'; '.join(faults)}")
+
+    def _trust(self, package: Package, slots: Slots, expected: Expected) -> Record:
+        """Check once more, now against what was trusted before, and note it: nothing older is taken from here on."""
+        record, trust = slots.record(), self._device.trust
+        newest = record.newest_of(trust.roster.roster.revoked_releases) if record is not None else None
+        if newest is not None:
+            expected = replace(expected, sequence=newest.sequence, manifest=newest.manifest)
+        return slots.trust(record, Trusted.of(accept(package.release, trust, expected)))
+
+    def _open(self, package: Package, key: WrappedKey, accepted: Accepted) -> dict[str, bytes]:
+        package.require_whole(accepted.manifest)
+        content_key = unwrap_key(key, accepted, self._device.descriptor, self._device.hpke_private)
+        return open_files(accepted.manifest, content_key, package.chunks())
+
+    def _try(self, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+        if self._probe is not None:
+            try_model(self._probe, manifest, files)
+            self._tell(Status(Outcome.PROBE_PASSED))
+
+    def _keep(self, package: Package, key: WrappedKey, slots: Slots, record: Record, accepted: Accepted) -> Slot:
+        """The slot with the package: the current one where it is there and whole, else the other one."""
+        current = record.current
+        if current is not None and current.release == Trusted.of(accepted):
+            try:
+                self._read(slots, current)
+            except PropolisError:
+                record = replace(record, slots=record.slots[1:])
+            else:
+                return current
+        return slots.fill(record, package, key, accepted).slots[0]
+
+    def _open_slot(self, slots: Slots, record: Record, place: int) -> Opened:
+        manifest, files = self._read(slots, record.slots[place])
+        self._try(manifest, files)
+        if place > 0:
+            self._fall_back(slots, record)
+        return Opened(manifest, files, fell_back=place > 0)
+
+    def _read(self, slots: Slots, slot: Slot) -> tuple[Manifest, dict[str, bytes]]:
+        with slots.open(slot, self._device.index) as (package, key):
+            accepted = accept_again(package.release, self._device.trust)
+            if Trusted.of(accepted) != slot.release:
+                raise TrustError(Refusal.PACKAGE, "it holds another package than was installed")
+            return accepted.manifest, self._open(package, key, accepted)
+
+    def _fall_back(self, slots: Slots, record: Record) -> None:
+        """Forget the slot that cannot be used; where that cannot be written, it is found out again the next time."""
+        try:
+            slots.write_record(replace(record, slots=record.slots[1:]))
+        except StorageError as error:
+            _log.warning("%s", error)
