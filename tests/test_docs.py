@@ -63,7 +63,8 @@ def test_every_flag_of_the_processes_is_documented_with_its_default() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_flags_in_the_pages_exist(page: Path) -> None:
-    for line in re.findall(r"propolis (?:simulate|server|bench|federation|client|models)\b[^`\n|]*", page.read_text()):
+    commands = "simulate|server|bench|federation|client|models|package"
+    for line in re.findall(rf"propolis (?:{commands})\b[^`\n|]*", page.read_text()):
         words = shlex.split(line.split("#")[0].rstrip(".;,"))
         depth = 3 if words[1] not in ("simulate", "server") and len(words) > 2 else 2
         flags = {word for word in words if word.startswith("--")}
