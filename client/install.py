@@ -14,7 +14,7 @@ from pathlib import Path
 
 from propolis.client.keyholder import Keyholder
 from propolis.client.probe import Probe, try_model
-from propolis.client.slots import Record, Slot, Slots, Trusted, records
+from propolis.client.slots import Record, Slot, Slots, Trusted, record_of, records
 from propolis.package import Package
 from propolis.secure.content import WrappedKey, open_files, unwrap_key
 from propolis.secure.errors import PropolisError, Refusal, RefusedError, StorageError, TrustError, UsageError
@@ -131,17 +131,13 @@ class Installer:
         Raises:
             UsageError: there is no such model, or none of its slots opens.
         """
-        installed = records(self._folder)
-        if name is None and len(installed) > 1:
-            raise UsageError(f"there is more than one model in {self._folder}, name one: {', '.join(installed)}")
-        if not installed:
-            raise UsageError(f"no model is installed in {self._folder}")
-        name = name or next(iter(installed))
-        if name not in installed:
+        name = name or self._only_model()
+        found = record_of(self._folder, name)
+        if found is None:
             raise UsageError(f"{name} is not installed in {self._folder}")
         slots, faults = Slots(self._folder, name), list[str]()
         with slots.locked():
-            record = slots.record() or installed[name]
+            record = slots.record() or found
             for place, slot in enumerate(record.slots):
                 try:
                     return self._open_slot(slots, record, place)
@@ -149,6 +145,14 @@ class Installer:
                     _log.warning("slot %s of %s: %s", slot.letter, name, error)
                     faults.append(f"{slot.letter}: {error}")
         raise UsageError(f"no slot of {name} can be used, install it again: {'; '.join(faults)}")
+
+    def _only_model(self) -> str:
+        names = list(records(self._folder))
+        if not names:
+            raise UsageError(f"no model is installed in {self._folder}")
+        if len(names) > 1:
+            raise UsageError(f"there is more than one model in {self._folder}, name one: {', '.join(names)}")
+        return names[0]
 
     def _trust(self, package: Package, slots: Slots, expected: Expected) -> Record:
         """Check once more, now against what was trusted before, and note it: nothing older is taken from here on."""

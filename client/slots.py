@@ -201,11 +201,16 @@ def read_record(home: Path) -> Record | None:
         raise StorageError(f"{path} is damaged: remove it, and install the newest package again") from None
 
 
+def record_of(device: Path, name: str) -> Record | None:
+    """What is installed of a model on a device; None where nothing is. Raises as `read_record` does."""
+    record = read_record(device / MODELS_FOLDER / name) if is_model_name(name) else None
+    return record if record is not None and record.slots else None
+
+
 def records(device: Path) -> dict[str, Record]:
     """What is installed on a device, by the model's name; raises as `read_record` does."""
-    homes = sorted((device / MODELS_FOLDER).glob("*"))
-    found = {home.name: read_record(home) for home in homes if is_model_name(home.name)}
-    return {name: record for name, record in found.items() if record is not None and record.slots}
+    names = sorted(home.name for home in (device / MODELS_FOLDER).glob("*"))
+    return {name: record for name in names if (record := record_of(device, name)) is not None}
 
 
 def _make_folder(path: Path) -> None:

@@ -92,8 +92,12 @@ def test_models_have_slots_of_their_own(publisher: Publisher) -> None:
     assert device.open("digits").files["model.onnx"] == b"digit"
     with pytest.raises(UsageError, match="more than one model"):
         device.open()
-    with pytest.raises(UsageError, match="voices is not installed"):
-        device.open("voices")
+    for name in ("voices", "../digits", ""):
+        with pytest.raises(UsageError, match=r"is not installed|more than one"):
+            device.open(name)
+    (publisher.folder / "device-0" / "models" / "faces" / "installed").write_bytes(b"\xff")
+    assert device.open("digits").files["model.onnx"] == b"digit"
+    assert not (publisher.folder / "device-0" / "models" / "voices").exists()
     with pytest.raises(UsageError, match="no model is installed"):
         publisher.device(1).open()
 
