@@ -13,11 +13,13 @@ import typer
 
 from propolis.client.config import ClientConfig
 from propolis.secure.errors import UsageError
+from propolis.serving.cli import serve_command
 
 if TYPE_CHECKING:
     from propolis.client.slots import Record
 
 client_app = typer.Typer(help="A device of a federation.", no_args_is_help=True)
+client_app.command("serve")(serve_command)
 
 _LONGEST_TOKEN = 8192
 # The thread that a device's app works in. Python cannot end it: a process that has it leaves without waiting.

@@ -19,7 +19,8 @@ ROOMS = ("client", "protos", "secure", "server", "simulations")
 def tracked_sources() -> set[str]:
     """What the wheel must hold: every source of the rooms and of src/propolis, by its installed path."""
     expected = {f"propolis/{p.name}" for p in (ROOT / "src/propolis").glob("*.py")} | {"propolis/py.typed"}
-    expected |= {f"propolis/link/{p.name}" for p in (ROOT / "src/propolis/link").glob("*.py")}
+    for layer in ("link", "serving"):
+        expected |= {f"propolis/{layer}/{p.name}" for p in (ROOT / "src/propolis" / layer).glob("*.py")}
     for room in ROOMS:
         expected |= {
             f"propolis/{p.relative_to(ROOT).as_posix()}"
@@ -54,7 +55,7 @@ def test_public_names_are_there() -> None:
 def test_import_and_help_load_nothing_heavy() -> None:
     code = (
         "import sys, propolis, propolis.cli; "
-        "heavy = {'torch', 'flwr', 'ray', 'matplotlib', 'tenseal', 'onnxruntime', 'grpc', 'cryptography'}; "
+        "heavy = {'torch', 'flwr', 'ray', 'matplotlib', 'tenseal', 'onnx', 'onnxruntime', 'grpc', 'cryptography'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

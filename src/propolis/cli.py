@@ -24,6 +24,7 @@ from propolis.server.cli import federation_app
 from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
 from propolis.server.models_cli import models_app
 from propolis.server.package_cli import package_app
+from propolis.serving.cli import predict_command, serve_command
 from propolis.settings import Settings, load_settings
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -42,6 +43,8 @@ app.add_typer(client_app, name="client")
 app.add_typer(models_app, name="models")
 app.add_typer(package_app, name="package")
 app.add_typer(bench_app, name="bench")
+app.command("serve")(serve_command)
+app.command("predict")(predict_command)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
