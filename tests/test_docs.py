@@ -37,7 +37,7 @@ def table_of_flags(header: str) -> dict[str, str]:
     """The rows of the README's table whose first column is called so."""
     _, found, rest = README.partition(f"\n| {header} | meaning |\n")
     assert found, header
-    return dict(re.findall(r"^\| `(--[a-z-]+)` \| (.*) \|$", rest.split("\n\n")[0], re.MULTILINE))
+    return dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| (.*) \|$", rest.split("\n\n")[0], re.MULTILINE))
 
 
 def require_defaults(rows: dict[str, str], model: type[BaseModel]) -> None:
@@ -61,12 +61,23 @@ def test_every_flag_of_the_processes_is_documented_with_its_default() -> None:
     require_defaults(client, ClientConfig)
 
 
+@pytest.mark.parametrize("command", ["serve", "predict", "export"])
+def test_every_flag_of_the_commands_for_models_is_documented_with_its_default(command: str) -> None:
+    rows = table_of_flags(f"flag of `propolis {command}`")
+    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    for parameter in parameters:
+        (flag,) = parameter.opts
+        shown = parameter.default not in (None, False, "", ...) and not parameter.required
+        assert not shown or rows[flag].endswith(f" (`{parameter.default}`)"), flag
+    assert set(rows) == known_flags(command) - {"--help"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_flags_in_the_pages_exist(page: Path) -> None:
-    commands = "simulate|server|bench|federation|client|models|package"
+    commands = "simulate|server|serve|predict|export|bench|federation|client|models|package"
     for line in re.findall(rf"propolis (?:{commands})\b[^`\n|]*", page.read_text()):
         words = shlex.split(line.split("#")[0].rstrip(".;,"))
-        depth = 3 if words[1] not in ("simulate", "server") and len(words) > 2 else 2
+        depth = 3 if words[1] in ("bench", "federation", "client", "models", "package") and len(words) > 2 else 2
         flags = {word for word in words if word.startswith("--")}
         assert flags <= known_flags(*words[1:depth]), line
 

@@ -22,6 +22,7 @@ from propolis.logs import configure_logging, one_line
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
 from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
+from propolis.server.export_cli import export_command
 from propolis.server.models_cli import models_app
 from propolis.server.package_cli import package_app
 from propolis.serving.cli import predict_command, serve_command
@@ -45,6 +46,7 @@ app.add_typer(package_app, name="package")
 app.add_typer(bench_app, name="bench")
 app.command("serve")(serve_command)
 app.command("predict")(predict_command)
+app.command("export")(export_command)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
