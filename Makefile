@@ -29,6 +29,7 @@ bench: $(VENV)/.dev ## Run the benchmarks (most of an hour).
 	$(BIN)/propolis bench secagg
 	$(BIN)/propolis bench codec
 	$(BIN)/propolis bench link
+	$(BIN)/propolis bench edge
 
 fuzz: $(VENV)/.dev ## Feed 100,000 random and mutated messages of each type to both roles (minutes).
 	PROPOLIS_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/attacks/test_fuzz.py

@@ -46,10 +46,15 @@ def parts_named(names: Sequence[str]) -> dict[str, tuple[str, Part]]:
     return {name: part for name, part in PARTS.items() if name in names or not names}
 
 
-def run_benchmark(out: Path, as_json: bool, parts: Mapping[str, tuple[str, Part]]) -> dict[str, Any]:
+def run_benchmark(
+    out: Path,
+    as_json: bool,
+    parts: Mapping[str, tuple[str, Part]],
+    packages: Sequence[str] = ("flwr", "grpcio", "propolis"),
+) -> dict[str, Any]:
     """Measure part by part, print a table (or the figures as JSON) and write the figures to `out`."""
     console = Console(stderr=as_json, width=max(_TABLE_WIDTH, Console().width))
-    figures: dict[str, Any] = {"machine": machine(["flwr", "grpcio", "propolis"]), "parts": {}}
+    figures: dict[str, Any] = {"machine": machine(packages), "parts": {}}
     out.parent.mkdir(parents=True, exist_ok=True)
     measured = {}
     for name, (title, measure) in parts.items():
@@ -85,5 +90,7 @@ def _target(figure: Figure) -> tuple[str, str]:
 
 
 def _value(figure: Figure, value: float) -> str:
+    if figure.unit == "%":
+        return f"{value:.2f} %"
     digits = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
     return f"{digits} {figure.unit}".rstrip() if figure.unit != "x" else f"{digits}x"

@@ -31,3 +31,23 @@ class ConvolutionalFashionMnist(FashionMnist):
             nn.ReLU(),
             nn.Linear(26, 10),
         )
+
+
+class LargeConvolutionalFashionMnist(FashionMnist):
+    """Fashion-MNIST with two convolutions that keep the size, pooling, and two dense layers (421,642 parameters)."""
+
+    def model(self) -> nn.Module:
+        """See `Task.model`."""
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 28, 28)),
+            nn.Conv2d(1, 32, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(3136, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )

@@ -253,6 +253,19 @@ def bench_link(
     run_benchmark(out or Path("runs") / "bench-link.json", as_json, parts_named(parts or ()))
 
 
+@bench_app.command("edge")
+def bench_edge(
+    as_json: JsonFlag = False,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the figures as JSON.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with the data of Fashion-MNIST.")] = None,
+) -> None:
+    """A trained model in torch, ONNX Runtime and int8 on one thread, and served to many (some minutes)."""
+    from propolis.simulations.bench.edge import PACKAGES, Effort, parts
+    from propolis.simulations.bench.link import run_benchmark
+
+    run_benchmark(out or Path("runs") / "bench-edge.json", as_json, parts(Effort(), data), PACKAGES)
+
+
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
     try:
