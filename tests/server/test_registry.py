@@ -265,7 +265,7 @@ def test_sweeping_while_others_register_removes_nothing_that_is_needed(location:
     registry, done, failed = Registry(location), threading.Event(), []
 
     def sweeps() -> None:
-        while not done.is_set():
+        while not done.wait(0.002):
             try:
                 registry.sweep(grace=0)
             except Exception as error:
@@ -275,7 +275,8 @@ def test_sweeping_while_others_register_removes_nothing_that_is_needed(location:
     sweeping.start()
     try:
         for seed in range(15):  # a temporary file may be swept, too, with no grace: then the upload says so
-            for _ in range(20):
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
                 try:
                     registry.register("digits", model_file(tmp_path, seed))
                     break
