@@ -16,7 +16,7 @@ demo: $(VENV)/.demo ## Train one model on real handwritten digits over ten devic
 	$(BIN)/propolis simulate --task digits --protection secagg --codec dense --out runs/demo --force
 
 test: $(VENV)/.dev ## Run the test suite.
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev ## Lint, types and layers.
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -132,15 +132,18 @@ class DevicesApart:
 
     def answer(self, exchange: Exchange, index: int, request: bytes) -> bytes:
         """See `Devices.answer`."""
-        self._connection.send((exchange, index, request))
-        reply: bytes = self._receive()
+        reply: bytes = self._ask((exchange, index, request))
         return reply
 
     def costs(self) -> Mapping[int, tuple[float, int]]:
         """See `Devices.costs`."""
-        self._connection.send(None)
-        costs: Mapping[int, tuple[float, int]] = self._receive()
+        costs: Mapping[int, tuple[float, int]] = self._ask(None)
         return costs
+
+    def _ask(self, request: object) -> Any:
+        with suppress(OSError):  # it has ended: receiving finds that out, too
+            self._connection.send(request)
+        return self._receive()
 
     def _receive(self) -> Any:
         try:
