@@ -14,16 +14,17 @@ import grpc.aio
 
 from propolis.link.authority import Authority
 from propolis.link.certificates import DeviceName, Tls, to_der
+from propolis.link.clock import clock_fault
 from propolis.link.enrolment import (
-    LARGEST_CLOCK_DIFFERENCE_S,
     LARGEST_REQUEST,
     UNCOMPRESSED,
     EnrollReply,
     EnrollRequest,
     require_proof,
 )
+from propolis.link.options import listen
 from propolis.protos import link_pb2 as pb
-from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError, UsageError
+from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError
 from propolis.secure.identity import Descriptor, Invitation, descriptor_digest, verify_descriptor, verify_invitation
 from propolis.secure.wire import FORMAT_VERSION, encode, parse, read, serialized
 from propolis.server.membership import Membership
@@ -71,7 +72,8 @@ class Enrolment:
                 Refusal.MALFORMED, f"the device enrols by version {asked.version}, the server by {FORMAT_VERSION}"
             )
         request = read(EnrollRequest, asked)
-        _require_clock(request.clock, now)
+        if (fault := clock_fault(request.clock, now)) is not None:
+            raise TrustError(Refusal.STALE, fault)
         invitation = self._invitation(request, now)
         descriptor = verify_descriptor(invitation, request.descriptor)
         require_proof(descriptor, request)
@@ -102,22 +104,6 @@ class Enrolment:
 
 def _name(descriptor: Descriptor, request: EnrollRequest) -> DeviceName:
     return DeviceName(descriptor.federation, descriptor.index, descriptor_digest(request.descriptor))
-
-
-def _require_clock(clock: int, now: float) -> None:
-    difference = clock - now
-    if abs(difference) > LARGEST_CLOCK_DIFFERENCE_S:
-        direction = "ahead of" if difference > 0 else "behind"
-        raise TrustError(
-            Refusal.STALE, f"the device's clock is {_in_words(abs(difference))} {direction} the server's: set it right"
-        )
-
-
-def _in_words(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 60:.0f} minutes"
 
 
 class _Service:
@@ -219,10 +205,7 @@ def make_enrolment_server(
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_MOST_AT_ONCE)
     server.add_generic_rpc_handlers((_Service(enrolment).handler(),))
     credentials = grpc.ssl_server_credentials([(tls.private_key, tls.certificate)])
-    try:
-        return server, server.add_secure_port(address, credentials)
-    except RuntimeError:
-        raise UsageError(f"cannot listen on {address}: is it free, and this machine's?") from None
+    return server, listen(server, address, credentials)
 
 
 def _options(hospitality: Hospitality) -> list[tuple[str, int]]:

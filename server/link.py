@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from propolis.link.certificates import Tls
 from propolis.link.frames import Farewell, Reason, Welcome, decode_frame, encode_frame, farewell
-from propolis.link.options import METHOD, SERVER_OPTIONS, SERVICE
+from propolis.link.options import METHOD, SERVER_OPTIONS, SERVICE, listen
 from propolis.secure.errors import PeerError, UsageError
 from propolis.server.enroll import Enrolment, make_enrolment_server
 from propolis.server.membership import Membership
@@ -137,7 +137,7 @@ class LinkServer:
         credentials = grpc.ssl_server_credentials(
             [(self._tls.private_key, self._tls.certificate)], self._tls.authority, require_client_auth=True
         )
-        self.port = _bind(server, self._options.listen, credentials)
+        self.port = listen(server, self._options.listen, credentials)
         servers = [server]
         if self._enrolment is not None and self._options.enroll:
             enroller, self.enroll_port = make_enrolment_server(self._enrolment, self._options.enroll, self._tls)
@@ -184,13 +184,6 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         """Not offered."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Check")
-
-
-def _bind(server: Any, address: str, credentials: grpc.ServerCredentials) -> int:
-    try:
-        return int(server.add_secure_port(address, credentials))
-    except RuntimeError:
-        raise UsageError(f"cannot listen on {address}: another process may have it; name a free port") from None
 
 
 def _raise_file_limit() -> None:

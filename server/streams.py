@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from propolis.link.certificates import DeviceName
+from propolis.link.clock import clock_fault
 from propolis.link.frames import (
     Beat,
     Farewell,
@@ -33,7 +34,6 @@ from propolis.server.post import Post
 
 _HELLO_S, FAREWELL_S = 10.0, 2.0
 _MISSED_BEATS = 3
-LARGEST_SKEW_S = 600
 # An honest device waits longer and longer between attempts.
 _MOST_HELLOS, _HELLOS_IN_S = 20, 10.0
 # A roster ends without changing; so now and then everybody is looked at.
@@ -132,10 +132,8 @@ class Streams:
             raise _RefusedStreamError(Reason.IDENTITY, "the node id is not that of the certificate")
         self._require_patience(name)
         self._membership.require(name)
-        skew = hello.clock - time.time()
-        if abs(skew) > LARGEST_SKEW_S:
-            side = "ahead of" if skew > 0 else "behind"
-            raise _RefusedStreamError(Reason.CLOCK, f"the device's clock is {abs(skew):.0f} s {side} the server's")
+        if (fault := clock_fault(hello.clock, time.time())) is not None:
+            raise _RefusedStreamError(Reason.CLOCK, fault)
         return _Stream(name, hello)
 
     def _require_patience(self, name: DeviceName) -> None:

@@ -17,7 +17,6 @@ LARGEST_REQUEST = 2**16
 # gRPC compares the compressed size with its limits, and then a message may grow a thousand times: inflate nothing.
 # Its list of algorithms does not help: a client inflates before it looks there, a server writes a line for each call.
 UNCOMPRESSED = ("grpc.per_message_decompression", 0)
-LARGEST_CLOCK_DIFFERENCE_S = 600
 _LARGEST_CERTIFICATE = 2**14
 _LONGEST_ADDRESS = 300
 

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from propolis.protos import link_pb2 as pb
 from propolis.secure.errors import PeerError, Refusal
-from propolis.secure.wire import FORMAT_VERSION, between, fill, many, parse, read, sized, version_field
+from propolis.secure.wire import between, fill, many, parse, read, sized, version_field
 
 LARGEST_FRAME = 2**20
 # So that a heartbeat waits behind little on a slow link, and a frame with everything around it stays below its limit.
@@ -174,8 +174,3 @@ def decode_frame(data: bytes) -> Frame:
     if kind is None:
         raise PeerError(Refusal.MALFORMED, f"a frame of {len(data)} bytes that is none of this version's")
     return read(_KINDS[kind], getattr(message, kind))
-
-
-def is_our_version(hello: Hello) -> bool:
-    """Whether the device speaks this version of the link."""
-    return hello.version == FORMAT_VERSION

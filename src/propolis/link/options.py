@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import grpc
+
+from propolis.link.enrolment import UNCOMPRESSED
 from propolis.link.frames import LARGEST_FRAME
+from propolis.secure.errors import UsageError
 
 _PING_S, _PING_TIMEOUT_S, _HANDSHAKE_S, _IDLE_S = 30, 20, 10, 60
 
@@ -12,7 +16,7 @@ _COMMON = [
     ("grpc.max_send_message_length", LARGEST_FRAME),
     # A frame is as large as it looks: gRPC would inflate a compressed one before it measures it.
     ("grpc.compression_enabled_algorithms_bitset", 1),
-    ("grpc.per_message_decompression", 0),  # a client would inflate it all the same
+    UNCOMPRESSED,
     # It grows the buffers of every connection to four times what a thousand idle devices may cost.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.keepalive_time_ms", _PING_S * 1000),
@@ -38,3 +42,17 @@ DEVICE_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # devices of one process have a connection each
     ("grpc.keepalive_permit_without_calls", 1),
 ]
+
+
+def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    """Let a server listen on HOST:PORT, without TLS where there are no credentials; the port.
+
+    Raises:
+        UsageError: the address cannot be listened on.
+    """
+    try:
+        return int(server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address))
+    except RuntimeError:
+        raise UsageError(
+            f"cannot listen on {address}: another process may have it, or it is not this machine's; name a free one"
+        ) from None

@@ -17,6 +17,7 @@ from grpc_health.v1.health import aio as health
 
 from propolis.link.address import Address
 from propolis.link.certificates import Tls, fault_of, load_tls
+from propolis.link.options import listen
 from propolis.secure.errors import UsageError
 from propolis.serving.batching import Batcher, Batching
 from propolis.serving.metrics import Metrics, MetricsServer
@@ -118,17 +119,14 @@ class InferenceServer:
 
     def _bind(self, server: grpc.aio.Server) -> int:
         address, tls = self._options.listen, self._tls
-        try:
-            if tls is None:
-                if address.host not in _LOOPBACK:
-                    _log.warning("inputs and outputs are not encrypted: --tls does it", extra={"listen": str(address)})
-                return int(server.add_insecure_port(str(address)))
-            credentials = grpc.ssl_server_credentials(
-                [(tls.private_key, tls.certificate)], tls.authority, self._options.require_certificate
-            )
-            return int(server.add_secure_port(str(address), credentials))
-        except RuntimeError:
-            raise UsageError(f"cannot listen on {address}: is it in use, and this machine's?") from None
+        if tls is None:
+            if address.host not in _LOOPBACK:
+                _log.warning("inputs and outputs are not encrypted: --tls does it", extra={"listen": str(address)})
+            return listen(server, str(address))
+        credentials = grpc.ssl_server_credentials(
+            [(tls.private_key, tls.certificate)], tls.authority, self._options.require_certificate
+        )
+        return listen(server, str(address), credentials)
 
 
 def _grpc_options(largest_message: int) -> list[tuple[str, int]]:
