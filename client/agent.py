@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +24,14 @@ from propolis.link.frames import (
     PROCESS_BYTES,
     Beat,
     Farewell,
+    News,
     Reason,
     Welcome,
     decode_frame,
     encode_frame,
     farewell,
 )
-from propolis.link.options import DEVICE_OPTIONS, METHOD_PATH
+from propolis.link.options import DEVICE_OPTIONS, METHOD_PATH, credentials_of
 from propolis.link.spool import Spools
 from propolis.link.transfers import Body
 from propolis.secure.errors import PeerError, PropolisError, Refusal, StorageError
@@ -77,9 +79,19 @@ class Agent:
         runner: the app.
         worker: the thread it runs in; the agents of one process may share it.
         spools: where requests go as they arrive.
+        news: hears when there may be a model to fetch, within so many seconds.
     """
 
-    def __init__(self, options: AgentOptions, tls: Tls, runner: AppRunner, worker: Worker, spools: Spools) -> None:
+    def __init__(
+        self,
+        options: AgentOptions,
+        tls: Tls,
+        runner: AppRunner,
+        worker: Worker,
+        spools: Spools,
+        news: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self._news = news
         self._options, self._tls, self._runner, self._worker = options, tls, runner, worker
         name = DeviceName.of(tls.certificate)
         self._jobs = Jobs(os.urandom(PROCESS_BYTES), name.node_id, options.largest_message, spools)
@@ -131,7 +143,7 @@ class Agent:
 
     async def _session(self) -> Farewell:
         """One connection from beginning to end; what ended it."""
-        credentials = grpc.ssl_channel_credentials(self._tls.authority, self._tls.private_key, self._tls.certificate)
+        credentials = credentials_of(self._tls)
         async with grpc.aio.secure_channel(self._options.server, credentials, options=DEVICE_OPTIONS) as channel:
             call = channel.stream_stream(METHOD_PATH)()
             try:
@@ -187,6 +199,7 @@ class Agent:
         self._worker.submit(partial(self._runner.run_is, welcome.run_id, config))
         self.connections += 1
         self._said = ""
+        self._news(0.0)  # whatever there was while nobody was connected
         _log.info("connected", extra={"server": self._options.server})
 
     async def _converse(self, call: Any, welcome: Welcome) -> Farewell:
@@ -210,6 +223,9 @@ class Agent:
             frame = decode_frame(data)
             if isinstance(frame, Farewell):
                 return frame
+            if isinstance(frame, News):
+                self._news(frame.spread_ms / 1000)
+                continue
             self._jobs.receive(frame)
             self._start_jobs()
             self._waker.set()

@@ -31,6 +31,12 @@ def _flag(name: str) -> Any:
     return typer.Option(f"--{name.replace('_', '-')}", help=ClientConfig.model_fields[name].description)
 
 
+def _switch(name: str) -> Any:
+    """The pair of flags of a field of `ClientConfig` that is true or false."""
+    flag = name.replace("_", "-")
+    return typer.Option(f"--{flag}/--no-{flag}", help=ClientConfig.model_fields[name].description)
+
+
 @client_app.callback()
 def client() -> None:
     """A device of a federation."""
@@ -102,6 +108,10 @@ def run_command(
         str, typer.Option("--node-config", help="KEY=VALUE pairs of Flower's node configuration; policies are some.")
     ] = "",
     largest_message: Annotated[int | None, _flag("largest_message")] = None,
+    install: Annotated[bool | None, _switch("install")] = None,
+    largest_model: Annotated[int | None, _flag("largest_model")] = None,
+    download_rate: Annotated[int | None, _flag("download_rate")] = None,
+    store_plain: Annotated[bool | None, _switch("store_plain")] = None,
     log_format: Annotated[str | None, _flag("log_format")] = None,
     once: Annotated[bool, typer.Option("--once", help="End with the run, in place of waiting for more.")] = False,
     patience: Annotated[
@@ -122,6 +132,10 @@ def run_command(
         "threads": threads,
         "app": client_flower_app,
         "largest_message": largest_message,
+        "install": install,
+        "largest_model": largest_model,
+        "download_rate": download_rate,
+        "store_plain": store_plain,
         "log_format": log_format,
     }
     told = load_client_config(folder, config, flags, node_config)
@@ -135,6 +149,46 @@ def run_command(
     if passphrase is not None:  # the mod of an app opens the device's state with it
         os.environb[PASSPHRASE_VARIABLE.encode()] = passphrase
     attend(folder, told, Attendance(once, patience), passphrase)
+
+
+@client_app.command("fetch")
+def fetch_command(
+    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The device's folder, from its enrolment.")],
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file of the device's owner.")] = None,
+    server: Annotated[str | None, _flag("server")] = None,
+    largest_model: Annotated[int | None, _flag("largest_model")] = None,
+    download_rate: Annotated[int | None, _flag("download_rate")] = None,
+    store_plain: Annotated[bool | None, _switch("store_plain")] = None,
+    passphrase_file: Annotated[
+        Path | None, typer.Option("--passphrase-file", help="File with the passphrase of the device's keys.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+) -> None:
+    """Ask the server once for models, and install what is new; a device that runs does so by itself."""
+    from propolis.client.config import load_client_config
+
+    flags = {
+        "server": server,
+        "largest_model": largest_model,
+        "download_rate": download_rate,
+        "store_plain": store_plain,
+    }
+    told = load_client_config(folder, config, flags, "")
+
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would stand beside our one line
+    from propolis.client.process import fetch
+    from propolis.link.keys import passphrase_of
+    from propolis.logs import configure_logging
+
+    configure_logging(told.log_format)
+    taken = fetch(folder, told, passphrase_of(passphrase_file))
+    if as_json:
+        typer.echo(json.dumps([{"name": each.name, "sequence": each.sequence} for each in taken]))
+        return
+    for each in taken:
+        typer.echo(f"installed: release {each.sequence} of {each.name}")
+    if not taken:
+        typer.echo("there is nothing new for this device")
 
 
 @client_app.command("install")

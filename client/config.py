@@ -14,7 +14,7 @@ from propolis.secure.errors import UsageError
 from propolis.settings import build, given, read_toml
 
 SETTINGS_FILE = "client.toml"
-_LARGEST_MB = 2**30
+_LARGEST_MB, _LARGEST_MODEL_MB = 2**30, 4096
 _PAIR = re.compile(r"([A-Za-z0-9_.-]+)=('[^']*'|\"[^\"]*\"|\S+)(?:\s+|$)")
 
 NodeConfig = dict[str, bool | int | float | str]
@@ -32,6 +32,14 @@ class ClientConfig(BaseModel):
     threads: int = Field(1, ge=0, le=1024, description="Threads that the ready app trains with; 0 leaves it to torch.")
     app: str | None = Field(None, description="MODULE:NAME of a Flower ClientApp to run in place of the ready one.")
     largest_message: int = Field(4096, ge=1, le=_LARGEST_MB, description="Largest request of the server, in MiB.")
+    install: bool = Field(True, description="Install the models that are released to this device.")
+    largest_model: int = Field(1024, ge=1, le=_LARGEST_MODEL_MB, description="Largest model to take, in MiB.")
+    download_rate: int = Field(
+        0, ge=0, le=_LARGEST_MB, description="KiB per second that models are fetched with at most; 0 is no bound."
+    )
+    store_plain: bool = Field(
+        False, description="Leave the files of models unencrypted on the disk, for other programs."
+    )
     log_format: Literal["text", "json"] = Field("text", description="How the log is written to standard error.")
     node: NodeConfig = Field(default_factory=dict, description="Flower's node configuration; policies are part of it.")
 

@@ -9,29 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from pathlib import Path
 
 from propolis.client.keyholder import Keyholder
 from propolis.client.probe import Probe, try_model
 from propolis.client.slots import Record, Slot, Slots, Trusted, record_of, records
-from propolis.package import Package
-from propolis.secure.content import WrappedKey, open_files, unwrap_key
+from propolis.link.delivery import Outcome, Release
+from propolis.package import Header, Package
+from propolis.secure.content import WrappedKey, open_files, require_chunk_digests, unwrap_key
 from propolis.secure.errors import PropolisError, Refusal, RefusedError, StorageError, TrustError, UsageError
 from propolis.secure.manifest import Accepted, Expected, Manifest, accept, accept_again
 
 LARGEST_MODEL = 2**30
 _log = logging.getLogger("propolis.client")
-
-
-class Outcome(IntEnum):
-    """How far a package got on a device."""
-
-    FETCHED = 1
-    VERIFIED = 2
-    PROBE_PASSED = 3
-    INSTALLED = 4
-    FAILED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +69,28 @@ class Installer:
     ) -> None:
         self._folder, self._device, self._probe = folder, device, probe
         self._largest, self._tell = largest, tell
+
+    def require_acceptable(self, header: Header, now: float, release: Release) -> None:
+        """Look at what a package begins with, before the rest is fetched; `install` looks at all of it again.
+
+        Args:
+            header: of the package.
+            now: seconds since 1970.
+            release: that was offered.
+
+        Raises:
+            PeerError, TrustError: the package would be refused, or is another release than was offered.
+        """
+        try:
+            expected = self._newer(Expected(now, self._largest, release.name), record_of(self._folder, release.name))
+            accepted = accept(header.release, self._device.trust, expected)
+            if (accepted.manifest.sequence, accepted.digest) != (release.sequence, release.manifest):
+                raise TrustError(Refusal.PACKAGE, f"the package is another one than {release}, which was offered")
+            require_chunk_digests(accepted.manifest, header.chunk_digests)
+        except RefusedError as error:
+            if error.refusal is not Refusal.ROLLED_BACK:  # what is installed is newer: that is no failure
+                self._tell(Status(Outcome.FAILED, error.refusal.reason))
+            raise
 
     def install(
         self, path: Path, key: WrappedKey, now: float, *, name: str | None = None, store_plain: bool = False
@@ -156,11 +168,17 @@ class Installer:
 
     def _trust(self, package: Package, slots: Slots, expected: Expected) -> Record:
         """Check once more, now against what was trusted before, and note it: nothing older is taken from here on."""
-        record, trust = slots.record(), self._device.trust
-        newest = record.newest_of(trust.roster.roster.revoked_releases) if record is not None else None
-        if newest is not None:
-            expected = replace(expected, sequence=newest.sequence, manifest=newest.manifest)
-        return slots.trust(record, Trusted.of(accept(package.release, trust, expected)))
+        record = slots.record()
+        expected = self._newer(expected, record)
+        return slots.trust(record, Trusted.of(accept(package.release, self._device.trust, expected)))
+
+    def _newer(self, expected: Expected, record: Record | None) -> Expected:
+        """What a release must be newer than, too: what was trusted before."""
+        revoked = self._device.trust.roster.roster.revoked_releases
+        newest = None if record is None else record.newest_of(revoked)
+        if newest is None:
+            return expected
+        return replace(expected, sequence=newest.sequence, manifest=newest.manifest)
 
     def _open(self, package: Package, key: WrappedKey, accepted: Accepted) -> dict[str, bytes]:
         package.require_whole(accepted.manifest)

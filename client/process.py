@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from flwr.clientapp import ClientApp
 
 from propolis.client.agent import Agent, AgentOptions
 from propolis.client.config import ClientConfig
+from propolis.client.deliveries import Deliveries, Taking
+from propolis.client.infer import probe_of_this_device
 from propolis.client.runner import AppRunner, Worker
 from propolis.client.state import FOLDER_KEY
 from propolis.flower import quiet_flower
-from propolis.link.certificates import DeviceName, fault_of, load_tls
+from propolis.link.certificates import DeviceName, Tls, fault_of, load_tls
 from propolis.link.spool import Spools
 from propolis.references import load_attribute
 from propolis.secure.errors import UsageError
+from propolis.secure.manifest import Manifest
 from propolis.storage import alone
 
 _PROCESS_LOCK = "agent.lock"
@@ -54,19 +58,59 @@ def attend(folder: Path, config: ClientConfig, attendance: Attendance, passphras
         KeyboardInterrupt: somebody stopped it.
     """
     quiet_flower()
+    tls = _tls_of(folder, config, passphrase)
+    app = load_client_app(config.app) if config.app else _ready_app(config)
+    node_config = {FOLDER_KEY: str(folder.resolve()), **config.node}
+    runner = AppRunner(app, DeviceName.of(tls.certificate).node_id, node_config)
+    options = AgentOptions(
+        str(config.server), attendance.once, attendance.patience, largest_message=config.largest_message * 2**20
+    )
+    deliveries = _deliveries(folder, config, tls, passphrase) if config.install else None
+    with alone(folder / _PROCESS_LOCK, f"another process is this device already: it runs with {folder}"):
+        asyncio.run(_run(Agent(options, tls, runner, Worker(), Spools(folder), _news_of(deliveries)), deliveries))
+
+
+def fetch(folder: Path, config: ClientConfig, passphrase: bytes | None = None) -> list[Manifest]:
+    """Ask the server once for models, as the device in a folder, and install them.
+
+    Args:
+        folder: the device's.
+        config: what it was told.
+        passphrase: of its keys and its state.
+
+    Returns:
+        What was installed.
+
+    Raises:
+        UsageError: something that was given is not usable.
+        PropolisError: the server cannot be reached or does not take this device, or a model could not be taken.
+    """
+    return asyncio.run(_deliveries(folder, config, _tls_of(folder, config, passphrase), passphrase).look())
+
+
+def _deliveries(folder: Path, config: ClientConfig, tls: Tls, passphrase: bytes | None) -> Deliveries:
+    taking = Taking(
+        str(config.server),
+        config.largest_model * 2**20,
+        config.download_rate * 2**10,
+        config.store_plain,
+        probe_of_this_device(),
+    )
+    return Deliveries(folder, tls, taking, passphrase)
+
+
+def _news_of(deliveries: Deliveries | None) -> Callable[[float], None]:
+    return (lambda _: None) if deliveries is None else deliveries.news
+
+
+def _tls_of(folder: Path, config: ClientConfig, passphrase: bytes | None) -> Tls:
+    """The device's certificate and key, looked at before anything connects."""
     if config.server is None:
         raise UsageError(f"{folder} names no server: give --server HOST:PORT")
     tls = load_tls(folder, passphrase)
     if (fault := fault_of(tls, time.time())) is not None:
         raise UsageError(f"{folder}: {fault}")
-    app = load_client_app(config.app) if config.app else _ready_app(config)
-    node_config = {FOLDER_KEY: str(folder.resolve()), **config.node}
-    runner = AppRunner(app, DeviceName.of(tls.certificate).node_id, node_config)
-    options = AgentOptions(
-        config.server, attendance.once, attendance.patience, largest_message=config.largest_message * 2**20
-    )
-    with alone(folder / _PROCESS_LOCK, f"another process is this device already: it runs with {folder}"):
-        asyncio.run(_run(Agent(options, tls, runner, Worker(), Spools(folder))))
+    return tls
 
 
 def load_client_app(reference: str) -> ClientApp:
@@ -85,8 +129,8 @@ def _ready_app(config: ClientConfig) -> ClientApp:
     return ready_app(config.task, Path(config.data), config.device, config.threads)
 
 
-async def _run(agent: Agent) -> None:
-    """Run the agent until it ends, or a signal says so."""
+async def _run(agent: Agent, deliveries: Deliveries | None) -> None:
+    """Run the agent until it ends, or a signal says so; what is fetched then goes on the next time."""
     loop, stopped_by = asyncio.get_running_loop(), list[signal.Signals]()
 
     def stop(sign: signal.Signals) -> None:
@@ -95,6 +139,12 @@ async def _run(agent: Agent) -> None:
 
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stop, sign)
-    await agent.run()
+    taking = asyncio.create_task(deliveries.run()) if deliveries is not None else None
+    try:
+        await agent.run()
+    finally:
+        if taking is not None:
+            taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
     if stopped_by:
         raise KeyboardInterrupt

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from propolis.protos import identity_pb2 as propolis_dot_protos_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apropolis/protos/link.proto\x12\x10propolis.link.v1\x1a\x1epropolis/protos/identity.proto\"\x84\x01\n\x05Token\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x30\n\ninvitation\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x13\n\x0bprivate_key\x18\x03 \x01(\x0c\x12\x10\n\x08root_key\x18\x04 \x01(\x0c\x12\x11\n\tauthority\x18\x05 \x01(\x0c\"\x12\n\x10\x41uthorityRequest\"%\n\x0e\x41uthorityReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\xbb\x01\n\rEnrollRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x30\n\ninvitation\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x30\n\ndescriptor\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x17\n\x0fsigning_request\x18\x04 \x01(\x0c\x12\r\n\x05\x63lock\x18\x05 \x01(\x04\x12\r\n\x05proof\x18\x06 \x01(\x0c\"w\n\x0b\x45nrollReply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12,\n\x06roster\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x14\n\x0clink_address\x18\x04 \x01(\t\"\x97\x03\n\x05\x46rame\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.propolis.link.v1.HelloH\x00\x12,\n\x07welcome\x18\x02 \x01(\x0b\x32\x19.propolis.link.v1.WelcomeH\x00\x12(\n\x05\x62\x65gin\x18\x03 \x01(\x0b\x32\x17.propolis.link.v1.BeginH\x00\x12(\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x17.propolis.link.v1.ChunkH\x00\x12.\n\x08received\x18\x05 \x01(\x0b\x32\x1a.propolis.link.v1.ReceivedH\x00\x12&\n\x04\x62\x65\x61t\x18\x06 \x01(\x0b\x32\x16.propolis.link.v1.BeatH\x00\x12*\n\x06\x63\x61ncel\x18\x07 \x01(\x0b\x32\x18.propolis.link.v1.CancelH\x00\x12&\n\x04\x66ree\x18\x08 \x01(\x0b\x32\x16.propolis.link.v1.FreeH\x00\x12.\n\x08\x66\x61rewell\x18\t \x01(\x0b\x32\x1a.propolis.link.v1.FarewellH\x00\x42\x06\n\x04kind\"\x83\x01\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07process\x18\x02 \x01(\x0c\x12\x0f\n\x07node_id\x18\x03 \x01(\x04\x12\r\n\x05\x63lock\x18\x04 \x01(\x04\x12\x0e\n\x06server\x18\x05 \x01(\x0c\x12(\n\x04have\x18\x06 \x03(\x0b\x32\x1a.propolis.link.v1.Progress\"\xa8\x01\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07process\x18\x02 \x01(\x0c\x12\x14\n\x0c\x62\x65\x61t_seconds\x18\x03 \x01(\r\x12\x17\n\x0flargest_message\x18\x04 \x01(\x04\x12\x0e\n\x06run_id\x18\x05 \x01(\x04\x12\x12\n\nrun_config\x18\x06 \x01(\x0c\x12(\n\x04have\x18\x07 \x03(\x0b\x32\x1a.propolis.link.v1.Progress\"3\n\x08Progress\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\r\n\x05whole\x18\x03 \x01(\x08\"P\n\x05\x42\x65gin\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0e\n\x06header\x18\x02 \x01(\x04\x12\r\n\x05parts\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x16\n\x08Received\x12\n\n\x02id\x18\x01 \x01(\x0c\"\x06\n\x04\x42\x65\x61t\"\x14\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x0c\"\x12\n\x04\x46ree\x12\n\n\x02id\x18\x01 \x01(\x0c\"\xee\x01\n\x08\x46\x61rewell\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.propolis.link.v1.Farewell.Reason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x9e\x01\n\x06Reason\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x0c\n\x08RUN_OVER\x10\x01\x12\x0c\n\x08SHUTDOWN\x10\x02\x12\x0c\n\x08REPLACED\x10\x03\x12\x0c\n\x08IDENTITY\x10\x04\x12\t\n\x05\x43LOCK\x10\x05\x12\x0c\n\x08PROTOCOL\x10\x06\x12\r\n\tTOO_LARGE\x10\x07\x12\n\n\x06SILENT\x10\x08\x12\x0b\n\x07VERSION\x10\t\x12\n\n\x06UNSURE\x10\n2\xab\x01\n\tEnrolment\x12T\n\x0cGetAuthority\x12\".propolis.link.v1.AuthorityRequest\x1a .propolis.link.v1.AuthorityReply\x12H\n\x06\x45nroll\x12\x1f.propolis.link.v1.EnrollRequest\x1a\x1d.propolis.link.v1.EnrollReply2G\n\x04Link\x12?\n\x07\x43onnect\x12\x17.propolis.link.v1.Frame\x1a\x17.propolis.link.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apropolis/protos/link.proto\x12\x10propolis.link.v1\x1a\x1epropolis/protos/identity.proto\"\x84\x01\n\x05Token\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x30\n\ninvitation\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x13\n\x0bprivate_key\x18\x03 \x01(\x0c\x12\x10\n\x08root_key\x18\x04 \x01(\x0c\x12\x11\n\tauthority\x18\x05 \x01(\x0c\"\x12\n\x10\x41uthorityRequest\"%\n\x0e\x41uthorityReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\xbb\x01\n\rEnrollRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x30\n\ninvitation\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x30\n\ndescriptor\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x17\n\x0fsigning_request\x18\x04 \x01(\x0c\x12\r\n\x05\x63lock\x18\x05 \x01(\x04\x12\r\n\x05proof\x18\x06 \x01(\x0c\"w\n\x0b\x45nrollReply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12,\n\x06roster\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x14\n\x0clink_address\x18\x04 \x01(\t\"\xbf\x03\n\x05\x46rame\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.propolis.link.v1.HelloH\x00\x12,\n\x07welcome\x18\x02 \x01(\x0b\x32\x19.propolis.link.v1.WelcomeH\x00\x12(\n\x05\x62\x65gin\x18\x03 \x01(\x0b\x32\x17.propolis.link.v1.BeginH\x00\x12(\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x17.propolis.link.v1.ChunkH\x00\x12.\n\x08received\x18\x05 \x01(\x0b\x32\x1a.propolis.link.v1.ReceivedH\x00\x12&\n\x04\x62\x65\x61t\x18\x06 \x01(\x0b\x32\x16.propolis.link.v1.BeatH\x00\x12*\n\x06\x63\x61ncel\x18\x07 \x01(\x0b\x32\x18.propolis.link.v1.CancelH\x00\x12&\n\x04\x66ree\x18\x08 \x01(\x0b\x32\x16.propolis.link.v1.FreeH\x00\x12.\n\x08\x66\x61rewell\x18\t \x01(\x0b\x32\x1a.propolis.link.v1.FarewellH\x00\x12&\n\x04news\x18\n \x01(\x0b\x32\x16.propolis.link.v1.NewsH\x00\x42\x06\n\x04kind\"\x83\x01\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07process\x18\x02 \x01(\x0c\x12\x0f\n\x07node_id\x18\x03 \x01(\x04\x12\r\n\x05\x63lock\x18\x04 \x01(\x04\x12\x0e\n\x06server\x18\x05 \x01(\x0c\x12(\n\x04have\x18\x06 \x03(\x0b\x32\x1a.propolis.link.v1.Progress\"\xa8\x01\n\x07Welcome\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07process\x18\x02 \x01(\x0c\x12\x14\n\x0c\x62\x65\x61t_seconds\x18\x03 \x01(\r\x12\x17\n\x0flargest_message\x18\x04 \x01(\x04\x12\x0e\n\x06run_id\x18\x05 \x01(\x04\x12\x12\n\nrun_config\x18\x06 \x01(\x0c\x12(\n\x04have\x18\x07 \x03(\x0b\x32\x1a.propolis.link.v1.Progress\"3\n\x08Progress\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\r\n\x05whole\x18\x03 \x01(\x08\"P\n\x05\x42\x65gin\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0e\n\x06header\x18\x02 \x01(\x04\x12\r\n\x05parts\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x16\n\x08Received\x12\n\n\x02id\x18\x01 \x01(\x0c\"\x06\n\x04\x42\x65\x61t\"\x14\n\x06\x43\x61ncel\x12\n\n\x02id\x18\x01 \x01(\x0c\"\x12\n\x04\x46ree\x12\n\n\x02id\x18\x01 \x01(\x0c\"\x19\n\x04News\x12\x11\n\tspread_ms\x18\x01 \x01(\r\"\xee\x01\n\x08\x46\x61rewell\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.propolis.link.v1.Farewell.Reason\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x9e\x01\n\x06Reason\x12\x0f\n\x0bUNSPECIFIED\x10\x00\x12\x0c\n\x08RUN_OVER\x10\x01\x12\x0c\n\x08SHUTDOWN\x10\x02\x12\x0c\n\x08REPLACED\x10\x03\x12\x0c\n\x08IDENTITY\x10\x04\x12\t\n\x05\x43LOCK\x10\x05\x12\x0c\n\x08PROTOCOL\x10\x06\x12\r\n\tTOO_LARGE\x10\x07\x12\n\n\x06SILENT\x10\x08\x12\x0b\n\x07VERSION\x10\t\x12\n\n\x06UNSURE\x10\n2\xab\x01\n\tEnrolment\x12T\n\x0cGetAuthority\x12\".propolis.link.v1.AuthorityRequest\x1a .propolis.link.v1.AuthorityReply\x12H\n\x06\x45nroll\x12\x1f.propolis.link.v1.EnrollRequest\x1a\x1d.propolis.link.v1.EnrollReply2G\n\x04Link\x12?\n\x07\x43onnect\x12\x17.propolis.link.v1.Frame\x1a\x17.propolis.link.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,31 +43,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLLREPLY']._serialized_start=464
   _globals['_ENROLLREPLY']._serialized_end=583
   _globals['_FRAME']._serialized_start=586
-  _globals['_FRAME']._serialized_end=993
-  _globals['_HELLO']._serialized_start=996
-  _globals['_HELLO']._serialized_end=1127
-  _globals['_WELCOME']._serialized_start=1130
-  _globals['_WELCOME']._serialized_end=1298
-  _globals['_PROGRESS']._serialized_start=1300
-  _globals['_PROGRESS']._serialized_end=1351
-  _globals['_BEGIN']._serialized_start=1353
-  _globals['_BEGIN']._serialized_end=1433
-  _globals['_CHUNK']._serialized_start=1435
-  _globals['_CHUNK']._serialized_end=1456
-  _globals['_RECEIVED']._serialized_start=1458
-  _globals['_RECEIVED']._serialized_end=1480
-  _globals['_BEAT']._serialized_start=1482
-  _globals['_BEAT']._serialized_end=1488
-  _globals['_CANCEL']._serialized_start=1490
-  _globals['_CANCEL']._serialized_end=1510
-  _globals['_FREE']._serialized_start=1512
-  _globals['_FREE']._serialized_end=1530
-  _globals['_FAREWELL']._serialized_start=1533
-  _globals['_FAREWELL']._serialized_end=1771
-  _globals['_FAREWELL_REASON']._serialized_start=1613
-  _globals['_FAREWELL_REASON']._serialized_end=1771
-  _globals['_ENROLMENT']._serialized_start=1774
-  _globals['_ENROLMENT']._serialized_end=1945
-  _globals['_LINK']._serialized_start=1947
-  _globals['_LINK']._serialized_end=2018
+  _globals['_FRAME']._serialized_end=1033
+  _globals['_HELLO']._serialized_start=1036
+  _globals['_HELLO']._serialized_end=1167
+  _globals['_WELCOME']._serialized_start=1170
+  _globals['_WELCOME']._serialized_end=1338
+  _globals['_PROGRESS']._serialized_start=1340
+  _globals['_PROGRESS']._serialized_end=1391
+  _globals['_BEGIN']._serialized_start=1393
+  _globals['_BEGIN']._serialized_end=1473
+  _globals['_CHUNK']._serialized_start=1475
+  _globals['_CHUNK']._serialized_end=1496
+  _globals['_RECEIVED']._serialized_start=1498
+  _globals['_RECEIVED']._serialized_end=1520
+  _globals['_BEAT']._serialized_start=1522
+  _globals['_BEAT']._serialized_end=1528
+  _globals['_CANCEL']._serialized_start=1530
+  _globals['_CANCEL']._serialized_end=1550
+  _globals['_FREE']._serialized_start=1552
+  _globals['_FREE']._serialized_end=1570
+  _globals['_NEWS']._serialized_start=1572
+  _globals['_NEWS']._serialized_end=1597
+  _globals['_FAREWELL']._serialized_start=1600
+  _globals['_FAREWELL']._serialized_end=1838
+  _globals['_FAREWELL_REASON']._serialized_start=1680
+  _globals['_FAREWELL_REASON']._serialized_end=1838
+  _globals['_ENROLMENT']._serialized_start=1841
+  _globals['_ENROLMENT']._serialized_end=2012
+  _globals['_LINK']._serialized_start=2014
+  _globals['_LINK']._serialized_end=2085
 # @@protoc_insertion_point(module_scope)

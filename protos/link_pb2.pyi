@@ -61,7 +61,7 @@ class EnrollReply(_message.Message):
     def __init__(self, version: _Optional[int] = ..., certificate: _Optional[bytes] = ..., roster: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., link_address: _Optional[str] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "begin", "chunk", "received", "beat", "cancel", "free", "farewell")
+    __slots__ = ("hello", "welcome", "begin", "chunk", "received", "beat", "cancel", "free", "farewell", "news")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class Frame(_message.Message):
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
     FAREWELL_FIELD_NUMBER: _ClassVar[int]
+    NEWS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
     begin: Begin
@@ -80,7 +81,8 @@ class Frame(_message.Message):
     cancel: Cancel
     free: Free
     farewell: Farewell
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., free: _Optional[_Union[Free, _Mapping]] = ..., farewell: _Optional[_Union[Farewell, _Mapping]] = ...) -> None: ...
+    news: News
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., free: _Optional[_Union[Free, _Mapping]] = ..., farewell: _Optional[_Union[Farewell, _Mapping]] = ..., news: _Optional[_Union[News, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "process", "node_id", "clock", "server", "have")
@@ -167,6 +169,12 @@ class Free(_message.Message):
     ID_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     def __init__(self, id: _Optional[bytes] = ...) -> None: ...
+
+class News(_message.Message):
+    __slots__ = ("spread_ms",)
+    SPREAD_MS_FIELD_NUMBER: _ClassVar[int]
+    spread_ms: int
+    def __init__(self, spread_ms: _Optional[int] = ...) -> None: ...
 
 class Farewell(_message.Message):
     __slots__ = ("reason", "detail")

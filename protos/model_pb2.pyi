@@ -149,3 +149,89 @@ class Installed(_message.Message):
     slots: _containers.RepeatedCompositeFieldContainer[Installed.Slot]
     newest: Trusted
     def __init__(self, version: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[Installed.Slot, _Mapping]]] = ..., newest: _Optional[_Union[Trusted, _Mapping]] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("name", "sequence", "manifest")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    sequence: int
+    manifest: bytes
+    def __init__(self, name: _Optional[str] = ..., sequence: _Optional[int] = ..., manifest: _Optional[bytes] = ...) -> None: ...
+
+class LookRequest(_message.Message):
+    __slots__ = ("version", "installed")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    INSTALLED_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    installed: _containers.RepeatedCompositeFieldContainer[Release]
+    def __init__(self, version: _Optional[int] = ..., installed: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
+
+class LookReply(_message.Message):
+    __slots__ = ("version", "roster", "offers")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    roster: int
+    offers: _containers.RepeatedCompositeFieldContainer[Release]
+    def __init__(self, version: _Optional[int] = ..., roster: _Optional[int] = ..., offers: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
+
+class RosterRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("version", "release")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    release: Release
+    def __init__(self, version: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+
+class OpenReply(_message.Message):
+    __slots__ = ("version", "header", "key")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    header: Header
+    key: WrappedKey
+    def __init__(self, version: _Optional[int] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., key: _Optional[_Union[WrappedKey, _Mapping]] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("version", "release", "first")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    release: Release
+    first: int
+    def __init__(self, version: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., first: _Optional[int] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("version", "release", "outcome", "reason")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    release: Release
+    outcome: int
+    reason: str
+    def __init__(self, version: _Optional[int] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., outcome: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...

@@ -43,6 +43,7 @@ CONTENT = b"propolis/1 model content"
 CONTENT_KEY = b"propolis/1 content key"
 CHUNKS = b"propolis/1 content chunks"
 WRAPPED_KEY = b"propolis/1 wrapped key"
+ROLLOUT = b"propolis/1 rollout"
 
 
 def digest(label: bytes, *parts: bytes | memoryview) -> bytes:

@@ -39,6 +39,11 @@ class ServerConfig(BaseModel):
         None, description="Folder or PostgreSQL URL of the registry that the model goes to when the run is complete."
     )
     model: str | None = Field(None, description="Its name in the registry; the task's by default.")
+    delivery_rate: int = Field(
+        0, ge=0, le=_LARGEST_MB, description="KiB per second that all devices together fetch models with; 0: no bound."
+    )
+    stay: bool = Field(False, description="Stay when the run is over: for enrolment, and to deliver models.")
+    train: bool = Field(True, description="Run a job; --no-train only stays.")
     log_format: Literal["text", "json"] = Field("text", description="How the log is written to standard error.")
 
 

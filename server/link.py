@@ -22,6 +22,7 @@ from propolis.link.certificates import Tls
 from propolis.link.frames import Farewell, Reason, Welcome, decode_frame, encode_frame, farewell
 from propolis.link.options import METHOD, SERVER_OPTIONS, SERVICE, listen
 from propolis.secure.errors import PeerError, UsageError
+from propolis.server.delivery import Delivery
 from propolis.server.enroll import Enrolment, make_enrolment_server
 from propolis.server.membership import Membership
 from propolis.server.post import Post
@@ -64,15 +65,23 @@ class LinkServer:
         membership: who may connect; looked at again several times a second.
         post: the requests and replies.
         enrolment: answers newcomers, where `options` names an address for it.
+        delivery: gives devices the models that are released.
 
     Raises:
         UsageError: on entering: an address cannot be listened on.
     """
 
     def __init__(
-        self, options: LinkOptions, tls: Tls, membership: Membership, post: Post, enrolment: Enrolment | None = None
+        self,
+        options: LinkOptions,
+        tls: Tls,
+        membership: Membership,
+        post: Post,
+        enrolment: Enrolment | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
-        self._options, self._tls, self._post, self._enrolment = options, tls, post, enrolment
+        self._options, self._tls, self._post = options, tls, post
+        self._enrolment, self._delivery = enrolment, delivery
         self._streams = Streams(_welcome(options, post), membership, post)
         self._loop = asyncio.new_event_loop()
         self._stop: asyncio.Future[Farewell] = self._loop.create_future()
@@ -106,6 +115,11 @@ class LinkServer:
             self._loop.call_soon_threadsafe(resolve)
         self._thread.join(_START_S)
 
+    @property
+    def is_up(self) -> bool:
+        """Whether devices can connect."""
+        return self._thread.is_alive()
+
     def wait_for_devices(self, count: int, seconds: float) -> int:
         """Wait until so many devices are connected, or the time is over; how many are."""
         return self._post.wait_for_nodes(count, time.monotonic() + seconds)
@@ -126,12 +140,15 @@ class LinkServer:
                 _log.exception("the link has failed")
         finally:
             self._started.set()
+            self._loop.run_until_complete(_end_tasks())
             self._loop.close()
 
     async def _serve(self) -> None:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._streams.connect)  # without a serialiser frames are bytes
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        if self._delivery is not None:
+            server.add_generic_rpc_handlers((self._delivery.handlers(),))
         status = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         credentials = grpc.ssl_server_credentials(
@@ -164,6 +181,8 @@ class LinkServer:
             await asyncio.sleep(_SWEEP_S)
             try:
                 self._streams.sweep()
+                if self._delivery is not None and self._delivery.refresh():
+                    self._streams.tell_news()
             except OSError:  # a full disk, or no file left to open: it may pass
                 _log.exception("cannot look after the streams")
 
@@ -176,6 +195,16 @@ def _welcome(options: LinkOptions, post: Post) -> Welcome:
     except PeerError as error:
         raise UsageError(f"devices would refuse the run's configuration: {error}") from None
     return welcome
+
+
+async def _end_tasks() -> None:
+    """Calls that were still answered when the server stopped: a loop that closes over them complains."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from propolis.secure.errors import PropolisError, Refusal, TrustError, UsageErro
 from propolis.secure.identity import Signed, TrustedRoster, descriptor_digest
 from propolis.secure.wire import decode, encode
 from propolis.server.roster import ROSTER_FILE, load_root, load_roster_of
-from propolis.storage import locked, remove_stale, write_atomically
+from propolis.storage import locked, remove_stale, stamp_of, write_atomically
 
 ENROLLED_FOLDER = "enrolled"
 _LARGEST_DESCRIPTOR = 4096
@@ -42,7 +41,7 @@ class Membership:
         self._folder = folder
         self._clock = clock
         self.root_key = load_root(folder)
-        self._seen = _stamp(folder / ROSTER_FILE)
+        self._seen = stamp_of(folder / ROSTER_FILE)
         self.roster: TrustedRoster = load_roster_of(self.root_key, folder)
         self._reported = self.roster.number
         self._complaint: str | None = None
@@ -62,7 +61,7 @@ class Membership:
 
     def look(self) -> None:
         """`refresh` without a report, for who needs the newest roster in between: others still hear of it."""
-        stamp = _stamp(self._folder / ROSTER_FILE)
+        stamp = stamp_of(self._folder / ROSTER_FILE)
         if stamp == self._seen:
             return
         try:
@@ -149,12 +148,3 @@ def read_enrolled(folder: Path, index: int) -> Signed | None:
 
 def _path(folder: Path, index: int) -> Path:
     return folder / ENROLLED_FOLDER / str(index)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is replaced or written to."""
-    try:
-        found = os.stat(path)  # noqa: PTH116, called often
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from propolis.link.authority import Authority
 from propolis.link.certificates import Tls, fault_of, load_tls
 from propolis.link.spool import Spools
 from propolis.references import load_attribute
-from propolis.secure.errors import TooFewPeersError, UsageError
+from propolis.secure.errors import PropolisError, TooFewPeersError, UsageError
 from propolis.server.app import Members
 from propolis.server.checkpoint import RunState
 from propolis.server.config import Served, ServerConfig
+from propolis.server.delivery import Delivery
 from propolis.server.enroll import Enrolment
 from propolis.server.job import (
     Job,
@@ -43,6 +44,8 @@ from propolis.server.membership import Membership
 from propolis.server.post import Post
 from propolis.server.registration import Registration
 from propolis.server.report import CONFIG, result_of, write_results
+from propolis.server.reports import Reports
+from propolis.server.shelf import Shelf
 from propolis.settings import Settings
 from propolis.storage import alone
 from propolis.task import check_task, choose_device, load_task
@@ -50,6 +53,7 @@ from propolis.task import check_task, choose_device, load_task
 JOURNAL = "round.journal"
 _PROCESS_LOCK = "server.lock"
 NOBODY = "none"
+_LOOK_S = 0.5
 # Settings that are this machine's own, or that devices have no use for.
 _OURS = frozenset({"data", "device", "clients", "backend", "workers", "ray_cpus", "dropout", "partition"})
 _log = logging.getLogger("propolis.server")
@@ -78,11 +82,40 @@ def serve(served: Served, passphrase: bytes | None = None, console: Console | No
     tls, membership = _ourselves(config, passphrase)
     enrolment = _enrolment(config, membership, passphrase)
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out / _PROCESS_LOCK, f"another server works in {out}: name another folder"):
+    with alone(out / _PROCESS_LOCK, _taken(out)):
         if config.app is None:
             return _run_ready(served, (tls, membership, enrolment), console, registration)
         _run_app(load_server_app(config.app), served, (tls, membership, enrolment))
         return None
+
+
+def stay(served: Served, passphrase: bytes | None = None) -> None:
+    """Let devices enrol and fetch models, and run nothing, until somebody stops it.
+
+    Args:
+        served: what the process was told.
+        passphrase: of the private keys in the federation's folder.
+
+    Raises:
+        UsageError: something that was given is not usable.
+        PropolisError: the link has failed.
+    """
+    quiet_flower()
+    config = served.config
+    tls, membership = _ourselves(config, passphrase)
+    enrolment = _enrolment(config, membership, passphrase)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with suppress(KeyboardInterrupt), alone(out / _PROCESS_LOCK, _taken(out)):
+        with _linked(config, {}, tls, membership, enrolment) as (_, link):
+            _log.info("staying: devices may enrol and fetch models")
+            while link.is_up:
+                time.sleep(_LOOK_S)
+        raise PropolisError("the link has failed: its log says why")
+
+
+def _taken(out: Path) -> str:
+    return f"another server works in {out}: name another folder"
 
 
 def _run_app(app: ServerApp, served: Served, ends: tuple[Tls, Membership, Enrolment | None]) -> None:
@@ -197,7 +230,9 @@ def _linked(
     enroll = None if enrolment is None else config.enroll
     options = LinkOptions(config.listen, run_id, run_config, config.heartbeat, limit, enroll)
     post = Post(limit, Spools(Path(config.out)))  # large replies wait on a disk, and not in memory as in some /tmp
-    with LinkServer(options, tls, membership, post, enrolment) as link:
+    folder = Path(config.federation)
+    delivery = Delivery(Shelf(folder, membership), membership, Reports(folder), config.delivery_rate * 2**10)
+    with LinkServer(options, tls, membership, post, enrolment, delivery) as link:
         _log.info("listening", extra={"port": link.port, "enroll_port": link.enroll_port or None})
         yield LinkGrid(post, link.wake, run_id), link
 

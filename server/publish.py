@@ -100,13 +100,17 @@ def recipients_of(membership: Membership) -> list[Recipient]:
         TrustError: a descriptor is not what the roster stands for.
         UsageError: a descriptor cannot be read.
     """
-    recipients = []
-    for index, entry in enumerate(membership.roster.roster.entries):
-        signed = None if entry.revoked else membership.enrolled(index)
-        if signed is not None:
-            descriptor = membership.roster.descriptor(signed)
-            recipients.append(Recipient(index, descriptor_digest(signed), descriptor.hpke_key))
-    return recipients
+    places = range(len(membership.roster.roster.entries))
+    return [found for index in places if (found := recipient_of(membership, index)) is not None]
+
+
+def recipient_of(membership: Membership, index: int) -> Recipient | None:
+    """The device in a place of the roster; None where it has not enrolled, or is revoked. Raises as `recipients_of`."""
+    entry = membership.roster.roster.entries[index]
+    signed = None if entry.revoked else membership.enrolled(index)
+    if signed is None:
+        return None
+    return Recipient(index, descriptor_digest(signed), membership.roster.descriptor(signed).hpke_key)
 
 
 def seal_package(

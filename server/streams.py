@@ -20,6 +20,7 @@ from propolis.link.frames import (
     Farewell,
     Frame,
     Hello,
+    News,
     Progress,
     Reason,
     Welcome,
@@ -38,6 +39,8 @@ _MISSED_BEATS = 3
 _MOST_HELLOS, _HELLOS_IN_S = 20, 10.0
 # A roster ends without changing; so now and then everybody is looked at.
 _CHECK_S = 10.0
+# For each device that is told of news, which then asks.
+_SPREAD_MS, _LONGEST_SPREAD_MS = 5, 60_000
 _log = logging.getLogger("propolis.link")
 
 
@@ -51,7 +54,7 @@ class _Stream:
         self.farewell: Farewell | None = None
         self.end_by = float("inf")
         self.heard = self.sent = time.monotonic()
-        self.owes_beat = False
+        self.owes: Frame | None = None
 
     def end(self, frame: Farewell) -> None:
         """Say why, and close; a device that does not read is cut off soon."""
@@ -81,6 +84,13 @@ class Streams:
         for node_id in node_ids:
             if (stream := self._open.get(node_id)) is not None:
                 stream.waker.set()
+
+    def tell_news(self) -> None:
+        """There is something new to ask for; devices do so over a time that grows with their number."""
+        news = News(min(_LONGEST_SPREAD_MS, _SPREAD_MS * len(self._open)))
+        for stream in self._open.values():
+            stream.owes = news
+            stream.waker.set()
 
     async def end_all(self, frame: Farewell) -> None:
         """End every stream, and wait until they have."""
@@ -161,10 +171,9 @@ class Streams:
 
     async def _write(self, stream: _Stream, context: Any) -> None:
         while stream.farewell is None:
-            frame = self._post.next_frame(stream.node_id) if self._open.get(stream.node_id) is stream else None
-            if frame is None and stream.owes_beat:
-                frame = Beat()
-            stream.owes_beat = False
+            frame, stream.owes = stream.owes, None
+            if frame is None and self._open.get(stream.node_id) is stream:
+                frame = self._post.next_frame(stream.node_id)
             if frame is None:
                 await stream.waker.wait()
                 stream.waker.clear()
@@ -186,19 +195,25 @@ class Streams:
         self.wake(self._post.expire())
         self._membership.refresh()
         number, checked = self._checked
-        if number != self._membership.roster.number or now - checked > _CHECK_S:
+        is_new = number != self._membership.roster.number
+        if is_new or now - checked > _CHECK_S:
             self._checked = (self._membership.roster.number, now)
             for stream in list(self._open.values()):
                 self._require_still(stream)
+        if is_new:
+            self.tell_news()
         for stream in list(self._open.values()):
-            if now - stream.heard > _MISSED_BEATS * self._welcome.beat_seconds:
-                stream.end(farewell(Reason.SILENT, f"nothing was heard for {now - stream.heard:.0f} s"))
-            elif now - stream.sent > self._welcome.beat_seconds:
-                stream.owes_beat = True
-                stream.waker.set()
+            self._require_heard(stream, now)
         for stream in list(self._every):
             if now > stream.end_by and stream.handler is not None:  # it does not even read its farewell
                 stream.handler.cancel()
+
+    def _require_heard(self, stream: _Stream, now: float) -> None:
+        if now - stream.heard > _MISSED_BEATS * self._welcome.beat_seconds:
+            stream.end(farewell(Reason.SILENT, f"nothing was heard for {now - stream.heard:.0f} s"))
+        elif now - stream.sent > self._welcome.beat_seconds:
+            stream.owes = stream.owes or Beat()
+            stream.waker.set()
 
     def _require_still(self, stream: _Stream) -> None:
         try:

@@ -33,14 +33,19 @@ class Federation:
     """Some devices that trust one root.
 
     Attributes:
-        root_key: the root's public key, 32 bytes; its private half is gone.
+        root: with its private key.
         roster: all the devices, signed.
         devices: the state of each device by index, with its secrets.
     """
 
-    root_key: bytes
+    root: Root
     roster: Signed
     devices: tuple[DeviceState, ...]
+
+    @property
+    def root_key(self) -> bytes:
+        """The root's public key, 32 bytes."""
+        return self.root.public_key
 
     @property
     def verified_roster(self) -> TrustedRoster:
@@ -65,7 +70,7 @@ def make_federation(devices: int, seed: int | None = None) -> Federation:
         if seed is not None:
             state.rounding_secret = labels.digest(labels.ROUNDING, seed.to_bytes(8, "big"), index.to_bytes(8, "big"))
         enrolled.append(state)
-    return Federation(root.public_key, root.sign_roster(roster), tuple(enrolled))
+    return Federation(root, root.sign_roster(roster), tuple(enrolled))
 
 
 class DevicesInMemory:

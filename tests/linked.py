@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from propolis.client.agent import Agent, AgentOptions
 from propolis.client.runner import AppRunner, Worker
 from propolis.link.certificates import DeviceName, Tls, load_tls
-from propolis.link.frames import Beat, Begin, Cancel, Chunk, Frame, Hello, Received, decode_frame, encode_frame
+from propolis.link.frames import Beat, Begin, Cancel, Chunk, Frame, Hello, News, Received, decode_frame, encode_frame
 from propolis.link.options import METHOD_PATH
 from propolis.link.spool import Spools
 from propolis.server.link import LinkOptions, LinkServer
@@ -61,6 +61,7 @@ class Devices:
         app: ClientApp | None = None,
         worker: Worker | None = None,
         node_config: dict[str, Any] | None = None,
+        news: Callable[[float], None] = lambda _: None,
         **options: Any,
     ) -> int:
         """Run the agent of the device in a folder; its place among `agents` and `futures`."""
@@ -70,7 +71,7 @@ class Devices:
 
         async def make() -> Agent:
             chosen = AgentOptions(server, longest_pause=0.5, **options)
-            return Agent(chosen, tls, runner, worker or Worker(), Spools())
+            return Agent(chosen, tls, runner, worker or Worker(), Spools(), news)
 
         agent = asyncio.run_coroutine_threadsafe(make(), self.loop).result(WAIT_S)
         self.agents.append(agent)
@@ -194,8 +195,8 @@ class Raw:
         return self.hear()
 
     def hear(self) -> Frame:
-        """The next frame that is no heartbeat."""
-        while isinstance(frame := decode_frame(next(self.call)), Beat):
+        """The next frame that is no heartbeat and no news."""
+        while isinstance(frame := decode_frame(next(self.call)), (Beat, News)):
             pass
         return frame
 

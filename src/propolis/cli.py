@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -25,6 +25,7 @@ from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
 from propolis.server.export_cli import export_command
 from propolis.server.models_cli import models_app
 from propolis.server.package_cli import package_app
+from propolis.server.rollout_cli import rollout_app
 from propolis.serving.cli import predict_command, serve_command
 from propolis.settings import Settings, load_settings
 
@@ -43,6 +44,7 @@ app.add_typer(federation_app, name="federation")
 app.add_typer(client_app, name="client")
 app.add_typer(models_app, name="models")
 app.add_typer(package_app, name="package")
+app.add_typer(rollout_app, name="rollout")
 app.add_typer(bench_app, name="bench")
 app.command("serve")(serve_command)
 app.command("predict")(predict_command)
@@ -166,25 +168,36 @@ def server_command(
     as_json: JsonFlag = False,
     **flags: Any,
 ) -> None:
-    """Train a task over the devices that connect; started again, it goes on where it was."""
+    """Train a task over the devices that connect; started again, it goes on where it was.
+
+    Meanwhile, and with --stay also afterwards, devices enrol and fetch the models that are released.
+    """
     served = load_served(config, flags)
 
     from rich.console import Console
 
     from propolis.link.keys import passphrase_of
-    from propolis.server.process import serve
+    from propolis.server.process import serve, stay
 
-    configure_logging(served.config.log_format)
-    as_rows = not as_json and served.config.log_format == "text" and sys.stdout.isatty()
+    told, passphrase = served.config, passphrase_of(passphrase_file)
+    configure_logging(told.log_format)
+    as_rows = not as_json and told.log_format == "text" and sys.stdout.isatty()
     try:
-        result = serve(served, passphrase_of(passphrase_file), Console() if as_rows else None)
+        result = serve(served, passphrase, Console() if as_rows else None) if told.train else None
     except KeyboardInterrupt:
-        _stop(f"stopped; start it again and it goes on with the run in {served.config.out}", EXIT_INTERRUPTED)
+        _stop(f"stopped; start it again and it goes on with the run in {told.out}", EXIT_INTERRUPTED)
+    _say_result(result, told.out, as_json)
+    if told.stay or not told.train:
+        sys.stdout.flush()
+        stay(served, passphrase)
+
+
+def _say_result(result: Mapping[str, Any] | None, out: str, as_json: bool) -> None:
     if result is not None and as_json:
         typer.echo(json.dumps(result))
     elif result is not None:
         typer.echo(_summary(result))
-        typer.echo(f"result.json, model.safetensors and config.toml are in {served.config.out}")
+        typer.echo(f"result.json, model.safetensors and config.toml are in {out}")
         _say_registered(result)
 
 

@@ -146,6 +146,15 @@ def read_key(path: Path, index: int, *, follow: bool = True) -> WrappedKey:
     return key
 
 
+def manifest_of_keys(path: Path) -> bytes:
+    """Digest of the manifest that the keys in a file are for; raises UsageError, or PeerError where it is none."""
+    with _opened(path, follow=True) as file:
+        begin = _read(file, len(_KEYS_MAGIC) + DIGEST_BYTES)
+    if not begin.startswith(_KEYS_MAGIC) or len(begin) != len(_KEYS_MAGIC) + DIGEST_BYTES:
+        raise PeerError(Refusal.MALFORMED, f"{path.name} has no keys of a package")
+    return begin[len(_KEYS_MAGIC) :]
+
+
 def _find(file: BinaryIO, begin: int, index: int) -> bytes | None:
     """Binary search: a few reads, however many devices there are."""
     low, high = 0, (os.fstat(file.fileno()).st_size - begin) // _RECORD.size

@@ -66,6 +66,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def stamp_of(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is replaced or written to; None where it cannot be looked at."""
+    try:
+        found = os.stat(path)  # noqa: PTH116, called often
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 @contextmanager
 def locked(path: Path, wait_s: float | None = None) -> Iterator[None]:
     """Hold a lock among processes and threads; raises StorageError when another one holds it for longer."""

@@ -97,7 +97,7 @@ def test_a_restart_does_not_forget_what_was_revealed() -> None:
     assert reveals(cohort)
     old = cohort.federation
     restarted = tuple(DeviceState.from_bytes(device.to_bytes()) for device in old.devices)
-    assert not reveals(Cohort(DEVICES, cohort.policy, Federation(old.root_key, old.roster, restarted)))
+    assert not reveals(Cohort(DEVICES, cohort.policy, Federation(old.root, old.roster, restarted)))
 
 
 def test_a_refusal_reveals_nothing_however_often_it_is_asked_for() -> None:

@@ -28,7 +28,8 @@ from releasing import (
     signed_by,
 )
 
-from propolis.client.install import Installer, Outcome, Status
+from propolis.client.install import Installer, Status
+from propolis.link.delivery import Outcome
 from propolis.package import Package
 from propolis.secure.content import WrappedKey, ciphertext_digest, wrap_key
 from propolis.secure.envelope import SEALED_CHUNK_BYTES

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from releasing import NOW, WEIGHTS, Publisher, flipped, key_for, rewritten
 
-from propolis.client.install import Installer, Outcome, Status
+from propolis.client.install import Installer, Status
 from propolis.client.keyholder import Keyholder
 from propolis.client.slots import Slots, records
+from propolis.link.delivery import Outcome
 from propolis.secure import content
 from propolis.secure.content import WrappedKey
 from propolis.secure.errors import PropolisError, RefusedError, StorageError, UsageError

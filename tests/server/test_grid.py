@@ -651,7 +651,7 @@ def test_of_two_nodes_with_one_index_one_takes_part() -> None:
 
 def test_a_device_of_another_federation_is_no_member() -> None:
     ours, theirs = make_federation(5), make_federation(5)
-    hive = Hive(5, federation=Federation(ours.root_key, ours.roster, (*ours.devices[:4], theirs.devices[4])))
+    hive = Hive(5, federation=Federation(ours.root, ours.roster, (*ours.devices[:4], theirs.devices[4])))
     reply = hive.round()
     require_mean(reply, range(4))
     (failure,) = outcome_of(reply).failures

@@ -18,6 +18,7 @@ _LARGEST_SIZE = 2**50
 _MOST_PARTS, _MOST_AT_ONCE = 8192, 4096
 _LONGEST_CONFIG, _LONGEST_DETAIL = 2**16, 500
 _LONGEST_BEAT_S = 3600
+_LONGEST_SPREAD_MS = 3600 * 1000
 
 
 class Reason(IntEnum):
@@ -120,6 +121,13 @@ class Free:
 
 
 @dataclass(frozen=True, slots=True)
+class News:
+    """There is something new to ask the service Delivery about, within this time, at random."""
+
+    spread_ms: int = between(0, _LONGEST_SPREAD_MS)
+
+
+@dataclass(frozen=True, slots=True)
 class Farewell:
     """The last frame of a stream: why it ends."""
 
@@ -132,7 +140,7 @@ class Farewell:
         return Reason(self.reason).name if self.reason in set(Reason) else f"reason {self.reason}"
 
 
-Frame = Hello | Welcome | Begin | Chunk | Received | Beat | Cancel | Free | Farewell
+Frame = Hello | Welcome | Begin | Chunk | Received | Beat | Cancel | Free | Farewell | News
 
 _KINDS: dict[str, type[Frame]] = {
     "hello": Hello,
@@ -144,6 +152,7 @@ _KINDS: dict[str, type[Frame]] = {
     "cancel": Cancel,
     "free": Free,
     "farewell": Farewell,
+    "news": News,
 }
 _FIELDS = {cls: name for name, cls in _KINDS.items()}
 

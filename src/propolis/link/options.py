@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 
+from propolis.link.certificates import Tls
 from propolis.link.enrolment import UNCOMPRESSED
 from propolis.link.frames import LARGEST_FRAME
 from propolis.secure.errors import UsageError
@@ -42,6 +43,11 @@ DEVICE_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # devices of one process have a connection each
     ("grpc.keepalive_permit_without_calls", 1),
 ]
+
+
+def credentials_of(tls: Tls) -> grpc.ChannelCredentials:
+    """What a device shows to the server, and whom it trusts to be it."""
+    return grpc.ssl_channel_credentials(tls.authority, tls.private_key, tls.certificate)
 
 
 def listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:

@@ -68,7 +68,7 @@ def reload_between_exchanges(played: Round) -> None:
             played.server = SecAggServer.from_bytes(played.server.to_bytes(), cohort.roster)
             states = list(cohort.federation.devices)
             states[index] = DeviceState.from_bytes(states[index].to_bytes())
-            cohort.federation = Federation(cohort.federation.root_key, cohort.federation.roster, tuple(states))
+            cohort.federation = Federation(cohort.federation.root, cohort.federation.roster, tuple(states))
         return data
 
     played.meddle = meddle

@@ -1,0 +1,172 @@
+"""The device's end of the service Delivery: what is on offer, and a package that goes on where it was cut."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from propolis.client.incoming import Incoming
+from propolis.link.delivery import (
+    FetchRequest,
+    LookReply,
+    LookRequest,
+    OpenReply,
+    OpenRequest,
+    Outcome,
+    Piece,
+    Release,
+    ReportReply,
+    ReportRequest,
+    RosterRequest,
+)
+from propolis.link.rate import Rate
+from propolis.package import Header
+from propolis.protos import identity_pb2, model_pb2_grpc
+from propolis.protos import model_pb2 as pb
+from propolis.secure.errors import PeerError, PropolisError, Refusal
+from propolis.secure.identity import Signed
+from propolis.secure.wire import decode, fill, read
+
+T = TypeVar("T")
+
+_ANSWER_S = 30.0
+# Of one piece; the server may let many devices share little bandwidth.
+_PIECE_S = 300.0
+_TRIES, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 8, 0.5, 30.0
+_LARGEST_ROSTER = 2**27
+_FINAL = frozenset(
+    {
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+_log = logging.getLogger("propolis.client")
+
+
+class NotDeliveredError(PropolisError):
+    """The server did not give what was asked; `is_final` where asking again soon does not help."""
+
+    def __init__(self, detail: str, is_final: bool) -> None:
+        super().__init__(detail)
+        self.is_final = is_final
+
+
+class Fetcher:
+    """Asks one server.
+
+    Args:
+        channel: to it, with this device's certificate.
+        rate: bounds how fast packages come.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, rate: Rate) -> None:
+        self._stub: Any = model_pb2_grpc.DeliveryStub(channel)
+        self._rate = rate
+
+    async def look(self, installed: Sequence[Release]) -> LookReply:
+        """What is on offer for this device; raises NotDeliveredError, or PeerError when the answer is malformed."""
+        return await self._ask(self._stub.Look, LookRequest(tuple(installed)), pb.LookRequest, LookReply)
+
+    async def open(self, release: Release) -> OpenReply:
+        """The header of a package and the key to it; raises as `look` does."""
+        return await self._ask(self._stub.Open, OpenRequest(release), pb.OpenRequest, OpenReply)
+
+    async def report(self, release: Release, outcome: Outcome, reason: str = "") -> None:
+        """Say how far a release got; raises as `look` does."""
+        said = ReportRequest(release, int(outcome), reason)
+        await self._ask(self._stub.Report, said, pb.ReportRequest, ReportReply)
+
+    async def roster(self) -> Signed:
+        """The server's newest roster, which nobody has checked; raises as `look` does."""
+        data = bytearray()
+        async with aclosing(self._pieces(self._stub.FetchRoster, RosterRequest(), pb.RosterRequest)) as pieces:
+            async for piece in pieces:
+                data += piece
+                if len(data) > _LARGEST_ROSTER:
+                    raise PeerError(Refusal.MALFORMED, f"the server's roster has more than {_LARGEST_ROSTER} bytes")
+        return decode(Signed, bytes(data), identity_pb2.Signed, _LARGEST_ROSTER)
+
+    async def fetch(self, release: Release, header: Header, device: Path) -> Path:
+        """The whole package in a file; what is there of it is not fetched again.
+
+        Args:
+            release: which one.
+            header: of the package; it has been found acceptable.
+            device: the device's folder.
+
+        Raises:
+            NotDeliveredError: the server refuses, or nothing more came in several attempts.
+            PeerError, TrustError: a piece is malformed, or not what was released.
+            StorageError: it could not be written.
+        """
+        with await asyncio.to_thread(Incoming, device, header) as incoming:
+            tries = 0
+            while not incoming.is_whole:
+                before = incoming.next
+                try:
+                    await self._fetch_on(release, incoming)
+                except NotDeliveredError as error:
+                    tries = 0 if incoming.next > before else tries + 1
+                    if error.is_final or tries >= _TRIES:
+                        raise
+                    await _pause(tries, error)
+            return incoming.path
+
+    async def _fetch_on(self, release: Release, incoming: Incoming) -> None:
+        asked = FetchRequest(release, incoming.next)
+        async with aclosing(self._pieces(self._stub.Fetch, asked, pb.FetchRequest)) as pieces:
+            async for piece in pieces:
+                if incoming.is_whole:
+                    raise PeerError(Refusal.PACKAGE, f"{release} is longer than its header says")
+                await asyncio.to_thread(incoming.add, piece)
+                await self._rate.take(len(piece))
+        if not incoming.is_whole:
+            raise NotDeliveredError(f"{release} was cut after {incoming.next} chunks", is_final=False)
+
+    async def _ask(self, method: Any, asked: object, proto: type, reply: type[T]) -> T:
+        message = proto()
+        fill(asked, message)
+        try:
+            return read(reply, await method(message, timeout=_ANSWER_S))
+        except grpc.aio.AioRpcError as error:
+            raise _not_delivered(error) from None
+
+    async def _pieces(self, method: Any, asked: object, proto: type) -> AsyncGenerator[bytes, None]:
+        message = proto()
+        fill(asked, message)
+        call = method(message)
+        try:
+            while (piece := await asyncio.wait_for(call.read(), _PIECE_S)) is not grpc.aio.EOF:
+                yield read(Piece, piece).data
+            if await call.code() is not grpc.StatusCode.OK:
+                raise NotDeliveredError(await call.details(), await call.code() in _FINAL)
+        except grpc.aio.AioRpcError as error:
+            raise _not_delivered(error) from None
+        except (TimeoutError, asyncio.InvalidStateError):
+            raise NotDeliveredError("the server sent nothing for too long", is_final=False) from None
+        finally:
+            call.cancel()
+
+
+def _not_delivered(error: grpc.aio.AioRpcError) -> NotDeliveredError:
+    detail = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        detail = "this server delivers no models"
+    return NotDeliveredError(detail, error.code() in _FINAL)
+
+
+async def _pause(tries: int, error: NotDeliveredError) -> None:
+    seconds = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**tries) * random.uniform(0.5, 1.0)  # noqa: S311
+    _log.info("fetching goes on in %.1f s: %s", seconds, error)
+    await asyncio.sleep(seconds)

@@ -1,0 +1,250 @@
+"""Releases on their way to the devices: which are on offer, to how many, and whether that goes on.
+
+published/index.json                     what is on offer; replaced atomically, and the only thing that says so
+published/NAME/SEQUENCE/package[.keys]   a package, and the keys of the devices that it was sealed for
+
+A device is offered the newest release of a model whose rollout runs and has reached it. Whether it has, follows from a
+hash of the device and the release: a higher percentage takes more devices in, and never one out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from propolis.link.delivery import Release
+from propolis.package import Package, manifest_of_keys
+from propolis.secure import labels
+from propolis.secure.errors import RefusedError, StorageError, UsageError
+from propolis.secure.manifest import LARGEST_PLAINTEXT, Accepted, Expected, Trust, accept
+from propolis.secure.release import LARGEST_NUMBER
+from propolis.server.publish import KEYS_SUFFIX
+from propolis.server.roster import load_root, load_roster_of
+from propolis.storage import locked, write_atomically
+
+PUBLISHED_FOLDER, INDEX_FILE, PACKAGE_FILE = "published", "index.json", "package"
+_LOCK_FILE = ".lock"
+_COPIED_BYTES = 2**20
+
+
+class Progress(StrEnum):
+    """Whether a rollout goes on."""
+
+    RUNNING = "running"
+    PAUSED = "paused"  # nobody new begins; who has begun goes on
+    STOPPED = "stopped"  # for good: who has begun is cut off, and older releases are on offer again
+
+
+class Rollout(BaseModel):
+    """A release that was handed over for delivery.
+
+    Attributes:
+        name, sequence: of the release.
+        manifest: its digest, in hexadecimal.
+        percent: of the devices that it is for.
+        progress: whether it goes on.
+        started: seconds since 1970.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    sequence: int = Field(ge=1, le=LARGEST_NUMBER)
+    manifest: str = Field(pattern="^[0-9a-f]{64}$")
+    percent: float = Field(ge=0, le=100)
+    progress: Progress = Progress.RUNNING
+    started: float
+
+    @property
+    def release(self) -> Release:
+        """The release, as it is called on the wire."""
+        return Release(self.name, self.sequence, bytes.fromhex(self.manifest))
+
+    def reaches(self, descriptor: bytes) -> bool:
+        """Whether the percentage takes in the device whose descriptor has this digest."""
+        drawn = labels.digest(labels.ROLLOUT, bytes.fromhex(self.manifest), descriptor)
+        return int.from_bytes(drawn[:8], "big") < self.percent / 100 * 2**64
+
+
+class _Index(BaseModel):
+    """The file that says what is on offer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    rollouts: tuple[Rollout, ...] = ()
+
+
+class Rollouts:
+    """The rollouts in a server's folder.
+
+    Args:
+        folder: the server's, with the federation's roster.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.home = folder, folder / PUBLISHED_FOLDER
+
+    @property
+    def index(self) -> Path:
+        """The file that changes whenever a rollout does."""
+        return self.home / INDEX_FILE
+
+    def all(self) -> tuple[Rollout, ...]:
+        """By name, the newest of each first; raises UsageError when the index is damaged or cannot be read."""
+        try:
+            found = _Index.model_validate_json(self.index.read_bytes()).rollouts
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise UsageError(f"cannot read {self.index}: {error.strerror}") from None
+        except ValidationError:
+            raise UsageError(f"{self.index} is damaged") from None
+        return tuple(sorted(found, key=lambda each: (each.name, -each.sequence)))
+
+    def newest(self, name: str) -> Rollout:
+        """The newest rollout of a model; raises UsageError when there is none."""
+        found = next((each for each in self.all() if each.name == name), None)
+        if found is None:
+            known = ", ".join(sorted({each.name for each in self.all()})) or "none"
+            raise UsageError(f"no release of {name} has been handed over for delivery; there are releases of: {known}")
+        return found
+
+    def package(self, rollout: Rollout) -> Path:
+        """Its package; the keys are beside it."""
+        return self.home / rollout.name / str(rollout.sequence) / PACKAGE_FILE
+
+    def start(self, package: Path, percent: float, now: float | None = None) -> Rollout:
+        """Hand a package over for delivery; the same one again changes nothing but the percentage.
+
+        Args:
+            package: as it was sealed, with its keys beside it.
+            percent: of the devices.
+            now: seconds since 1970.
+
+        Raises:
+            UsageError: it is no package, devices would refuse it, or it is not newer than what was handed over before.
+            StorageError: it could not be copied.
+        """
+        now = time.time() if now is None else now
+        accepted = self._acceptable(package, now)
+        started = Rollout(
+            name=accepted.manifest.name,
+            sequence=accepted.manifest.sequence,
+            manifest=accepted.digest.hex(),
+            percent=_percent(percent),
+            started=now,
+        )
+        with self._changing() as before:
+            newest = next((each for each in before if each.name == started.name), None)
+            if newest is None or newest.manifest != started.manifest:
+                if newest is not None and newest.sequence >= started.sequence:
+                    raise UsageError(
+                        f"{started.release} is not newer than {newest.sequence}: seal it with a higher number"
+                    )
+                self._place(package, self.package(started))
+                self._write((started, *before))
+                return started
+        return self.change(started.name, percent)
+
+    def change(self, name: str, percent: float | None = None, progress: Progress | None = None) -> Rollout:
+        """Change the newest rollout of a model.
+
+        Raises:
+            UsageError: there is none, it was stopped before, or the percentage is none.
+            StorageError: the change could not be written.
+        """
+        with self._changing() as before:
+            newest = self.newest(name)
+            if newest.progress is Progress.STOPPED and progress is not Progress.STOPPED:
+                raise UsageError(f"{newest.release} was stopped, for good: publish a newer one")
+            update = {
+                "percent": newest.percent if percent is None else _percent(percent),
+                "progress": progress or newest.progress,
+            }
+            changed = newest.model_copy(update=update)
+            self._write(changed if each == newest else each for each in before)
+            return changed
+
+    def _acceptable(self, package: Path, now: float) -> Accepted:
+        """What a package says, looked at as devices will, before anybody is offered it."""
+        root_key = load_root(self._folder)
+        trust = Trust(root_key, load_roster_of(root_key, self._folder))
+        try:
+            with Package.open(package) as opened:
+                accepted = accept(opened.release, trust, Expected(now, LARGEST_PLAINTEXT))
+                opened.require_whole(accepted.manifest)
+                for _ in opened.chunks():
+                    pass
+            keys = package.with_name(package.name + KEYS_SUFFIX)
+            if manifest_of_keys(keys) != accepted.digest:
+                raise UsageError(f"{keys} has the keys of another package")
+        except RefusedError as error:
+            raise UsageError(f"devices would refuse this package: {error}") from None
+        return accepted
+
+    def _place(self, package: Path, place: Path) -> None:
+        """Copy a package and its keys to where they are delivered from."""
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for suffix in (KEYS_SUFFIX, ""):
+                write_atomically(place.with_name(place.name + suffix), _content(Path(f"{package}{suffix}")), mode=0o600)
+        except OSError as error:
+            raise StorageError(f"cannot copy {package} to {place}: {error.strerror}") from None
+
+    @contextmanager
+    def _changing(self) -> Iterator[tuple[Rollout, ...]]:
+        try:
+            self.home.mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(f"cannot make {self.home}: {error.strerror}") from None
+        with locked(self.home / _LOCK_FILE):
+            before = self.all()
+            yield before
+            self._sweep()
+
+    def _write(self, rollouts: Iterator[Rollout] | tuple[Rollout, ...]) -> None:
+        kept = _needed(tuple(sorted(rollouts, key=lambda each: (each.name, -each.sequence))))
+        write_atomically(self.index, _Index(rollouts=kept).model_dump_json(indent=1).encode() + b"\n", mode=0o600)
+
+    def _sweep(self) -> None:
+        """Remove packages that nobody is offered any more; a transfer under way has its file open."""
+        kept = {self.package(each).parent for each in self.all()}
+        for folder in self.home.glob("*/*"):
+            if folder.is_dir() and folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_rollout(federation: Path, package: Path, percent: float) -> Rollout:
+    """Hand a package over for delivery by the server whose folder this is; raises as `Rollouts.start` does."""
+    return Rollouts(federation).start(package, percent)
+
+
+def _needed(rollouts: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
+    """Without those that a newer one, which is for all, has taken the place of."""
+    kept, replaced = list[Rollout](), set[str]()
+    for each in rollouts:
+        if each.name not in replaced:
+            kept.append(each)
+        if each.percent == 100 and each.progress is Progress.RUNNING:
+            replaced.add(each.name)
+    return tuple(kept)
+
+
+def _percent(percent: float) -> float:
+    if not 0 <= percent <= 100:
+        raise UsageError(f"a percentage is from 0 to 100, got {percent:g}")
+    return float(percent)
+
+
+def _content(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while part := file.read(_COPIED_BYTES):
+            yield part

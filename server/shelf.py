@@ -1,0 +1,199 @@
+"""The server's live view of the releases on offer: for whom they are, and their bytes, from the disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from propolis.link.certificates import DeviceName
+from propolis.link.delivery import Release
+from propolis.package import Header, Package, read_key
+from propolis.protos import model_pb2
+from propolis.secure.content import WrappedKey
+from propolis.secure.envelope import SEALED_CHUNK_BYTES, chunk_count
+from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, UsageError
+from propolis.secure.manifest import Manifest, Trust, accept_again
+from propolis.secure.wire import decode
+from propolis.server.membership import Membership
+from propolis.server.publish import KEYS_SUFFIX, Recipient, recipient_of
+from propolis.server.rollout import Progress, Rollout, Rollouts
+from propolis.storage import stamp_of
+
+# The key of a release for a device that enrolled after it was sealed; None where this server has not the content key.
+Wrap = Callable[[bytes, Recipient], WrappedKey | None]
+_log = logging.getLogger("propolis.server")
+
+
+@dataclass(frozen=True, slots=True)
+class OnOffer:
+    """A rollout, and what its package begins with.
+
+    Attributes:
+        rollout: how far it has come.
+        header: of the package.
+        manifest: in it.
+        path: of the package.
+    """
+
+    rollout: Rollout
+    header: Header
+    manifest: Manifest
+    path: Path
+
+    @classmethod
+    def of(cls, rollout: Rollout, path: Path) -> Self:
+        """Read it; raises UsageError or PeerError where the package is not there, or none."""
+        with Package.open(path, follow=False) as package:
+            manifest = decode(Manifest, package.release.manifest.payload, model_pb2.Manifest)
+            return cls(rollout, package.header, manifest, path)
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the ciphertext has."""
+        return chunk_count(self.manifest.plaintext_size)
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[int], bytes]]:
+        """Reads chunks by their number, from the disk; raises UsageError where that fails."""
+        begin = len(self.header.framed)
+
+        def chunk(number: int) -> bytes:
+            file.seek(begin + number * SEALED_CHUNK_BYTES)
+            return file.read(SEALED_CHUNK_BYTES)
+
+        try:
+            with self.path.open("rb") as file:
+                yield chunk
+        except OSError as error:
+            raise UsageError(f"cannot read {self.path}: {error.strerror}") from None
+
+
+class NotOnOfferError(PropolisError):
+    """A release is not, or no longer, for this device."""
+
+
+class Shelf:
+    """See the module.
+
+    Args:
+        folder: the server's.
+        membership: who belongs to the federation.
+        wrap: makes keys for devices that enrolled later.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self, folder: Path, membership: Membership, wrap: Wrap | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._rollouts, self._membership, self._wrap, self._clock = Rollouts(folder), membership, wrap, clock
+        self._seen: tuple[int, int, int] | None = None
+        self._complaint = ""
+        self._changes = self._reported = 0
+        self._offers: dict[str, tuple[OnOffer, ...]] = {}
+        self._held: dict[str, tuple[int, bool]] = {}  # with the roster that it was found out against
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Look at the folder again; whether something changed since the last call."""
+        self.look()
+        before, self._reported = self._reported, self._changes
+        return before != self._reported
+
+    def look(self) -> None:
+        """`refresh` without a report; call it often, it costs a look at one file."""
+        stamp = stamp_of(self._rollouts.index)
+        if stamp == self._seen:
+            return
+        try:
+            rollouts = self._rollouts.all()
+        except UsageError as error:
+            if str(error) != self._complaint:
+                _log.warning("keeping the releases on offer: %s", error)
+                self._complaint = str(error)
+            return
+        self._seen, self._complaint = stamp, ""
+        known = {each.rollout.manifest: each for offers in self._offers.values() for each in offers}
+        self._offers, self._held = {}, {}
+        for rollout in rollouts:
+            try:
+                path = self._rollouts.package(rollout)
+                before = known.get(rollout.manifest)
+                offer = replace(before, rollout=rollout) if before else OnOffer.of(rollout, path)
+            except PropolisError as error:
+                _log.error("%s cannot be offered: %s", rollout.release, error)
+                continue
+            self._offers[rollout.name] = (*self._offers.get(rollout.name, ()), offer)
+        self._changes += 1
+
+    def offers_for(self, name: DeviceName) -> list[Release]:
+        """The newest release of each model that this device may begin to fetch."""
+        found = (next((each for each in offers if self._begins(each, name)), None) for offers in self._offers.values())
+        return [each.rollout.release for each in found if each is not None]
+
+    def knows(self, release: Release) -> bool:
+        """Whether it is here, for whomever."""
+        return any(each.rollout.release == release for each in self._offers.get(release.name, ()))
+
+    def require(self, release: Release, name: DeviceName) -> OnOffer:
+        """A release that this device may fetch, or go on to fetch.
+
+        Raises:
+            NotOnOfferError: it was stopped, has expired, is not known, or has not reached this device.
+        """
+        for each in self._offers.get(release.name, ()):
+            if each.rollout.release == release:
+                if each.rollout.progress is Progress.STOPPED:
+                    raise NotOnOfferError(f"{release} was stopped")
+                if not each.rollout.reaches(name.descriptor) or not self._holds(each):
+                    break
+                return each
+        raise NotOnOfferError(f"{release} is not on offer for this device")
+
+    def key(self, offer: OnOffer, name: DeviceName) -> WrappedKey:
+        """A device's own key to a package.
+
+        Raises:
+            PeerError: it was not sealed for this device, and cannot be now.
+            UsageError: the keys cannot be read.
+        """
+        keys = offer.path.with_name(offer.path.name + KEYS_SUFFIX)
+        try:
+            return read_key(keys, name.index, follow=False)
+        except PeerError:
+            recipient = recipient_of(self._membership, name.index)
+            made = (
+                None
+                if self._wrap is None or recipient is None
+                else self._wrap(offer.rollout.release.manifest, recipient)
+            )
+        if made is None:
+            raise PeerError(
+                Refusal.PACKAGE, f"{offer.rollout.release} was sealed before this device enrolled: publish it again"
+            )
+        return made
+
+    def _begins(self, offer: OnOffer, name: DeviceName) -> bool:
+        rollout = offer.rollout
+        return rollout.progress is Progress.RUNNING and rollout.reaches(name.descriptor) and self._holds(offer)
+
+    def _holds(self, offer: OnOffer) -> bool:
+        """Whether devices would still take it: its time is not over, and its release key is not revoked."""
+        if self._clock() > offer.manifest.expires:
+            return False
+        roster, asked = self._membership.roster, offer.rollout.manifest
+        if self._held.get(asked, (0, False))[0] != roster.number:
+            self._held[asked] = (roster.number, _is_accepted(offer, Trust(self._membership.root_key, roster)))
+        return self._held[asked][1]
+
+
+def _is_accepted(offer: OnOffer, trust: Trust) -> bool:
+    try:
+        accept_again(offer.header.release, trust)
+    except RefusedError:
+        return False
+    return True

@@ -1,0 +1,139 @@
+"""A server that delivers releases on loopback, and devices that take them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from releasing import DAY_S, FILES, NOW, release_key
+
+from propolis.client.deliveries import Deliveries, Taking
+from propolis.client.keyholder import Keyholder
+from propolis.link.certificates import Tls, load_tls
+from propolis.link.delivery import Release
+from propolis.link.options import DEVICE_OPTIONS, credentials_of
+from propolis.link.spool import Spools
+from propolis.protos import model_pb2 as pb
+from propolis.protos import model_pb2_grpc
+from propolis.secure.identity import Roster
+from propolis.secure.manifest import Kind, Manifest, Trial, Trust
+from propolis.secure.wire import fill
+from propolis.server.delivery import Delivery
+from propolis.server.link import LinkOptions, LinkServer
+from propolis.server.membership import Membership
+from propolis.server.plaintext import PlainFile
+from propolis.server.post import Post
+from propolis.server.publish import Facts, Sealed, recipients_of, seal_package
+from propolis.server.reports import Report, Reports
+from propolis.server.rollout import Rollout, Rollouts
+from propolis.server.roster import replace_roster
+from propolis.server.shelf import Shelf, Wrap
+from propolis.simulations.federation import device_folder, make_federation
+from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
+
+WAIT_S = 30.0
+
+
+class Site:
+    """A federation in a folder, whose releases are delivered while `serving`."""
+
+    def __init__(self, folder: Path, devices: int = 3) -> None:
+        self.folder, self.server_folder = folder, folder / SERVER_FOLDER
+        self.federation = make_federation(devices, seed=0)
+        write_linked_federation(self.federation, folder)
+        self.root = self.federation.root
+        self.key = release_key(self.root)
+        self.membership = Membership(self.server_folder)
+        self.rollouts, self.reports = Rollouts(self.server_folder), Reports(self.server_folder)
+        self.address = ""
+        self._sealed = 0
+
+    @property
+    def roster(self) -> Roster:
+        return self.membership.roster.roster
+
+    def put_roster(self, roster: Roster) -> None:
+        """As the federation's owner copies a newer one to the server."""
+        replace_roster(self.server_folder, self.root.sign_roster(roster))
+        self.membership.look()
+
+    def seal(self, sequence: int = 1, files: dict[str, tuple[bytes, Kind]] = FILES, **facts: Any) -> Path:
+        return self.sealed(sequence, files, **facts)[0]
+
+    def sealed(
+        self, sequence: int = 1, files: dict[str, tuple[bytes, Kind]] = FILES, **facts: Any
+    ) -> tuple[Path, Sealed]:
+        self._sealed += 1
+        home = self.folder / f"sealed-{self._sealed}"
+        home.mkdir()
+        for name, (content, _) in files.items():
+            (home / name).write_bytes(content)
+        plain = [PlainFile(home / name, kind) for name, (_, kind) in files.items()]
+        told = {"name": "digits", "created": NOW, "expires": NOW + DAY_S, "trial": Trial(1e-3, 5.0), **facts}
+        trust = Trust(self.membership.root_key, self.membership.roster)
+        out = home / "package"
+        recipients = recipients_of(self.membership)
+        return out, seal_package(plain, Facts(sequence=sequence, **told), self.key, recipients, trust, out)
+
+    def release(self, sequence: int = 1, percent: float = 100, **changes: Any) -> Rollout:
+        """Seal and hand over."""
+        return self.rollouts.start(self.seal(sequence, **changes), percent)
+
+    @contextmanager
+    def serving(self, rate: float = 0, wrap: Wrap | None = None, **options: Any) -> Iterator[LinkServer]:
+        chosen = LinkOptions(**{"listen": "127.0.0.1:0", "run_id": 7, "run_config": {}, **options})
+        delivery = Delivery(Shelf(self.server_folder, self.membership, wrap), self.membership, self.reports, rate)
+        post = Post(chosen.largest_message, Spools())
+        tls = load_tls(self.server_folder)
+        with LinkServer(chosen, tls, self.membership, post, delivery=delivery) as server:
+            self.address = f"127.0.0.1:{server.port}"
+            yield server
+
+    def device(self, index: int = 0) -> Path:
+        return device_folder(self.folder, index)
+
+    def tls(self, index: int = 0) -> Tls:
+        return load_tls(self.device(index))
+
+    def keyholder(self, index: int = 0) -> Keyholder:
+        return Keyholder.load(self.device(index))
+
+    def deliveries(self, index: int = 0, address: str | None = None, **taking: Any) -> Deliveries:
+        return Deliveries(self.device(index), self.tls(index), Taking(address or self.address, **taking))
+
+    def look(self, index: int = 0, address: str | None = None, **taking: Any) -> list[Manifest]:
+        """Let a device ask once; what it installed."""
+
+        async def once() -> list[Manifest]:
+            return await self.deliveries(index, address, **taking).look()
+
+        return asyncio.run(once())
+
+    def reported(self, release: Release, index: int = 0) -> Report | None:
+        return next((each for each in self.reports.of(release) if each.device == index), None)
+
+    def wait_for_report(self, release: Release, outcome: int, index: int = 0) -> Report:
+        deadline = time.monotonic() + WAIT_S
+        while (report := self.reported(release, index)) is None or report.outcome != outcome:
+            assert time.monotonic() < deadline, f"never reported: {report}"
+            time.sleep(0.02)
+        return report
+
+    @contextmanager
+    def stub(self, index: int = 0, tls: Tls | None = None) -> Iterator[Any]:
+        """The service as a device of this index may call it, to say what it likes."""
+        credentials = credentials_of(tls or self.tls(index))
+        with grpc.secure_channel(self.address, credentials, options=DEVICE_OPTIONS) as channel:
+            yield model_pb2_grpc.DeliveryStub(channel)
+
+
+def message_of(asked: object) -> Any:
+    """A request as it travels."""
+    message = getattr(pb, type(asked).__name__)()
+    fill(asked, message)
+    return message
