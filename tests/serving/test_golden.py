@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx_models import WEIGHTS, linear, linear_proto
+from onnx_models import WEIGHTS, linear, linear_proto, mixed
 
 from propolis.secure.errors import UsageError
 from propolis.serving.faults import InferenceError
@@ -41,6 +41,15 @@ def test_outputs_of_another_shape_or_nan_are_never_near_enough() -> None:
     assert wrong.difference(load_model(linear()), "model.onnx") == float("inf")
     nan = Golden(golden.inputs, {"model.onnx": {"output": np.full((3, 2), np.nan, np.float32)}})
     assert not nan.difference(load_model(linear()), "model.onnx") <= 1e9
+
+
+def test_nan_in_any_of_several_outputs_is_never_near_enough() -> None:
+    inputs = {"index": np.array([1]), "mask": np.array([True]), "default": np.zeros(1, np.float32)}
+    golden = Golden.of({"m": load_model(mixed())}, inputs)
+    assert golden.difference(load_model(mixed()), "m") == 0.0
+    whole, nan = golden.outputs["m"], {"output": np.array([np.nan], np.float32)}
+    for outputs in ({**nan, "left_out": whole["left_out"]}, {"left_out": whole["left_out"], **nan}):
+        assert not Golden(inputs, {"m": outputs}).difference(load_model(mixed()), "m") <= 1e9
 
 
 def test_inputs_that_the_model_does_not_take_are_refused() -> None:

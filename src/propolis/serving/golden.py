@@ -73,7 +73,8 @@ class Golden:
         found, recorded = model.run(self.inputs), self.outputs.get(file, {})
         if any(name not in found or found[name].shape != array.shape for name, array in recorded.items()):
             return float("inf")
-        return max((_difference(found[name], array) for name, array in recorded.items()), default=0.0)
+        differences = [_difference(found[name], array) for name, array in recorded.items()]
+        return float(np.max(differences, initial=0.0))  # unlike `max`, it does not lose a NaN
 
 
 def _difference(found: np.ndarray, recorded: np.ndarray) -> float:
