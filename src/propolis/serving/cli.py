@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,85 +15,125 @@ from propolis.secure.errors import UsageError
 
 if TYPE_CHECKING:
     from propolis.serving.model import Model
+    from propolis.serving.refresh import Refresh
+    from propolis.serving.server import ServingOptions
 
+LISTEN, METRICS = "127.0.0.1:8001", "127.0.0.1:8002"
 _LARGEST_MB = 1024
 _NOWHERE = "none"
+
+
+ListenFlag = Annotated[str, typer.Option("--listen", metavar="HOST:PORT", help="Where callers connect (gRPC).")]
+MetricsFlag = Annotated[
+    str, typer.Option("--metrics", metavar="HOST:PORT", help="Where Prometheus reads /metrics (HTTP), or none.")
+]
+MaxBatchFlag = Annotated[
+    int, typer.Option("--max-batch", help="Examples that are computed at once, and at most in a request.", min=1)
+]
+MaxDelayFlag = Annotated[
+    float, typer.Option("--max-delay-ms", help="Milliseconds to wait for a batch to fill.", min=0, max=60_000)
+]
+QueueFlag = Annotated[int, typer.Option("--queue", help="Requests that may wait for a model; more are refused.", min=1)]
+ThreadsFlag = Annotated[int, typer.Option("--threads", help="Threads that each model computes with.", min=1, max=1024)]
+LargestMessageFlag = Annotated[
+    int, typer.Option("--largest-message", help="Largest request and answer, in MiB.", min=1, max=_LARGEST_MB)
+]
+TlsFlag = Annotated[Path | None, typer.Option("--tls", metavar="DIR", help="Folder with tls.key, tls.pem and ca.pem.")]
+RequireCertificateFlag = Annotated[
+    bool, typer.Option("--require-certificate", help="With --tls: callers show one of the same authority.")
+]
+TlsPassphraseFlag = Annotated[
+    Path | None, typer.Option("--passphrase-file", help="With --tls: file with the passphrase of the key.")
+]
+LogFormatFlag = Annotated[
+    str, typer.Option("--log-format", help="How the log is written to standard error: text or json.")
+]
 
 
 def serve_command(
     models: Annotated[
         list[str], typer.Option("--model", metavar="NAME=FILE", help="An ONNX file and its name; may be repeated.")
     ],
-    listen: Annotated[
-        str, typer.Option("--listen", metavar="HOST:PORT", help="Where callers connect (gRPC).")
-    ] = "127.0.0.1:8001",
-    metrics: Annotated[
-        str, typer.Option("--metrics", metavar="HOST:PORT", help="Where Prometheus reads /metrics (HTTP), or none.")
-    ] = "127.0.0.1:8002",
-    max_batch: Annotated[
-        int, typer.Option("--max-batch", help="Examples that are computed at once, and at most in a request.", min=1)
-    ] = 32,
-    max_delay_ms: Annotated[
-        float, typer.Option("--max-delay-ms", help="Milliseconds to wait for a batch to fill.", min=0, max=60_000)
-    ] = 0,
-    queue: Annotated[
-        int, typer.Option("--queue", help="Requests that may wait for a model; more are refused.", min=1)
-    ] = 256,
-    threads: Annotated[
-        int, typer.Option("--threads", help="Threads that each model computes with.", min=1, max=1024)
-    ] = 1,
-    largest_message: Annotated[
-        int, typer.Option("--largest-message", help="Largest request and answer, in MiB.", min=1, max=_LARGEST_MB)
-    ] = 4,
-    tls: Annotated[
-        Path | None, typer.Option("--tls", metavar="DIR", help="Folder with tls.key, tls.pem and ca.pem.")
-    ] = None,
-    require_certificate: Annotated[
-        bool,
-        typer.Option("--require-certificate", help="With --tls: callers show one of the same authority."),
-    ] = False,
-    passphrase_file: Annotated[
-        Path | None, typer.Option("--passphrase-file", help="With --tls: file with the passphrase of the key.")
-    ] = None,
-    log_format: Annotated[
-        str, typer.Option("--log-format", help="How the log is written to standard error: text or json.")
-    ] = "text",
+    listen: ListenFlag = LISTEN,
+    metrics: MetricsFlag = METRICS,
+    max_batch: MaxBatchFlag = 32,
+    max_delay_ms: MaxDelayFlag = 0,
+    queue: QueueFlag = 256,
+    threads: ThreadsFlag = 1,
+    largest_message: LargestMessageFlag = 4,
+    tls: TlsFlag = None,
+    require_certificate: RequireCertificateFlag = False,
+    passphrase_file: TlsPassphraseFlag = None,
+    log_format: LogFormatFlag = "text",
 ) -> None:
     """Answer requests for inference (Open Inference Protocol v2, as Triton and KServe), until SIGTERM or Ctrl-C."""
-    if require_certificate and tls is None:
-        raise UsageError("--require-certificate is for TLS: give --tls too")
-    named = [_name_and_file(text) for text in models]
-
-    import asyncio
-
-    from propolis.link.address import Address
-    from propolis.link.keys import passphrase_of
-    from propolis.logs import configure_logging
-
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would stand beside our own
-    configure_logging(log_format)  # type: ignore[arg-type]  # which it checks
-    from propolis.serving.batching import Batching
-    from propolis.serving.server import ServingOptions, load_server_tls, serve
-
-    options = ServingOptions(
-        Address.parse(listen),
-        None if metrics == _NOWHERE else Address.parse(metrics),
-        Batching(max_batch, max_delay_ms / 1000, queue),
-        largest_message * 2**20,
-        require_certificate,
+    flags = ServingFlags(
+        listen, metrics, max_batch, max_delay_ms, queue, largest_message, tls, require_certificate, passphrase_file
     )
-    shown = load_server_tls(tls, passphrase_of(passphrase_file)) if tls else None
-    asyncio.run(serve(_load(named, threads), options, shown))
+    named = [name_and_file(text) for text in models]
+    flags.begin(log_format)
+    flags.run(load_files(named, threads))
 
 
-def _name_and_file(text: str) -> tuple[str, Path]:
+@dataclass(frozen=True, slots=True)
+class ServingFlags:
+    """What the flags say that commands share which serve; the attributes are called as those are."""
+
+    listen: str
+    metrics: str
+    max_batch: int
+    max_delay_ms: float
+    queue: int
+    largest_message: int
+    tls: Path | None
+    require_certificate: bool
+    passphrase_file: Path | None
+
+    def __post_init__(self) -> None:
+        if self.require_certificate and self.tls is None:
+            raise UsageError("--require-certificate is for TLS: give --tls too")
+
+    def begin(self, log_format: str) -> None:
+        """Log in this format, before the seconds that loading takes; raises UsageError."""
+        from propolis.logs import configure_logging
+
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would stand beside our own
+        configure_logging(log_format)  # type: ignore[arg-type]  # which it checks
+
+    def run(self, models: Sequence[Model], refresh: Refresh | None = None) -> None:
+        """Serve until the process gets SIGTERM or SIGINT; raises UsageError where a flag's value is not usable."""
+        import asyncio
+
+        from propolis.link.keys import passphrase_of
+        from propolis.serving.server import load_server_tls, serve
+
+        shown = load_server_tls(self.tls, passphrase_of(self.passphrase_file)) if self.tls else None
+        asyncio.run(serve(models, self._options(), shown, refresh))
+
+    def _options(self) -> ServingOptions:
+        from propolis.link.address import Address
+        from propolis.serving.batching import Batching
+        from propolis.serving.server import ServingOptions
+
+        return ServingOptions(
+            Address.parse(self.listen),
+            None if self.metrics == _NOWHERE else Address.parse(self.metrics),
+            Batching(self.max_batch, self.max_delay_ms / 1000, self.queue),
+            self.largest_message * 2**20,
+            self.require_certificate,
+        )
+
+
+def name_and_file(text: str) -> tuple[str, Path]:
+    """NAME=FILE in its two parts; raises UsageError."""
     name, found, file = text.partition("=")
     if not name or not found or not file:
         raise UsageError(f"--model '{text}': expected NAME=FILE.onnx")
     return name, Path(file)
 
 
-def _load(named: list[tuple[str, Path]], threads: int) -> list[Model]:
+def load_files(named: Sequence[tuple[str, Path]], threads: int) -> list[Model]:
+    """The models in these files under these names; raises UsageError."""
     from propolis.serving.model import load_model_file
 
     return [load_model_file(file, name, threads=threads) for name, file in named]

@@ -22,6 +22,7 @@ from propolis.secure.errors import UsageError
 from propolis.serving.batching import Batcher, Batching
 from propolis.serving.metrics import Metrics, MetricsServer
 from propolis.serving.model import Model
+from propolis.serving.refresh import Refresh
 from propolis.serving.service import SERVICE, InferenceService
 
 DRAIN_S = 30.0
@@ -151,14 +152,28 @@ def load_server_tls(folder: Path, passphrase: bytes | None = None) -> Tls:
     return tls
 
 
-async def serve(models: Sequence[Model], options: ServingOptions, tls: Tls | None = None) -> None:
-    """Serve these models until the process gets SIGTERM or SIGINT; raises as `InferenceServer.start` does."""
+async def serve(
+    models: Sequence[Model], options: ServingOptions, tls: Tls | None = None, refresh: Refresh | None = None
+) -> None:
+    """Serve these models until the process gets SIGTERM or SIGINT; raises as `InferenceServer.start` does.
+
+    Args:
+        models: to begin with.
+        options: how.
+        tls: certificate and key that it shows; None for no TLS.
+        refresh: where models come from that are served in place of these; None for nowhere.
+    """
     server, stopped = InferenceServer(options, tls), asyncio.Event()
     for sign in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sign, stopped.set)
+    refreshing = None
     try:
         await server.start(models)
+        if refresh is not None:
+            refreshing = asyncio.create_task(refresh.keep(server.install))
         await stopped.wait()
         _log.info("stopping: what waits is finished")
     finally:
+        if refreshing is not None:
+            refreshing.cancel()
         await server.stop()
