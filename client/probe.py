@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
-from propolis.secure.errors import PeerError, Refusal
+from propolis.secure.errors import PeerError, PropolisError, Refusal
 from propolis.secure.manifest import Manifest
 
 # Loads the model in the files and runs it on the golden batch among them; returns the largest absolute difference
@@ -25,7 +25,8 @@ def try_model(probe: Probe, manifest: Manifest, files: Mapping[str, bytes]) -> N
     if attempt.is_alive():
         raise PeerError(Refusal.PROBE, f"the model has not answered the golden batch in {manifest.trial.seconds:g} s")
     if attempt.error is not None or attempt.difference is None:
-        raise PeerError(Refusal.PROBE, f"the model does not run: {attempt.error!r}")
+        why = str(attempt.error) if isinstance(attempt.error, PropolisError) else repr(attempt.error)
+        raise PeerError(Refusal.PROBE, f"the model does not run: {why}")
     largest = manifest.trial.largest_difference
     if not attempt.difference <= largest:  # also where it is NaN
         raise PeerError(
