@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from propolis.client.config import ClientConfig
+from propolis.client.models_cli import install_command, installed_command, serve_command
 from propolis.secure.errors import UsageError
-from propolis.serving.cli import serve_command
-
-if TYPE_CHECKING:
-    from propolis.client.slots import Record
 
 client_app = typer.Typer(help="A device of a federation.", no_args_is_help=True)
+client_app.command("install")(install_command)
+client_app.command("installed")(installed_command)
 client_app.command("serve")(serve_command)
 
 _LONGEST_TOKEN = 8192
@@ -189,61 +187,3 @@ def fetch_command(
         typer.echo(f"installed: release {each.sequence} of {each.name}")
     if not taken:
         typer.echo("there is nothing new for this device")
-
-
-@client_app.command("install")
-def install_command(
-    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="A sealed package.")],
-    key: Annotated[Path, typer.Argument(metavar="KEY", help="Its keys, or the one for this device.")],
-    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The device's folder, from its enrolment.")],
-    name: Annotated[str | None, typer.Option("--model", metavar="NAME", help="The model that it must be.")] = None,
-    store_plain: Annotated[
-        bool, typer.Option("--store-plain", help="Leave the files unencrypted on the disk, for other programs.")
-    ] = False,
-    largest: Annotated[int, typer.Option("--largest-model", help="Largest model to take, in MiB.", min=1)] = 1024,
-    passphrase_file: Annotated[
-        Path | None, typer.Option("--passphrase-file", help="File with the passphrase of the device's keys.")
-    ] = None,
-) -> None:
-    """Install a model from a file, as if it had come over the link."""
-    from propolis.client.install import Installer
-    from propolis.client.keyholder import Keyholder
-    from propolis.link.keys import passphrase_of
-    from propolis.package import read_key
-
-    device = Keyholder.load(folder, passphrase_of(passphrase_file))
-    installer = Installer(folder, device, largest=largest * 2**20)
-    manifest = installer.install(package, read_key(key, device.index), time.time(), name=name, store_plain=store_plain)
-    typer.echo(f"installed: release {manifest.sequence} of {manifest.name}")
-
-
-@client_app.command("installed")
-def installed_command(
-    folder: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The device's folder, from its enrolment.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
-) -> None:
-    """List the models that are installed."""
-    from propolis.client.slots import records
-
-    found = [_installed(name, record) for name, record in records(folder).items()]
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    for model in found:
-        before = f", before it {model['before']}" if model["before"] else ""
-        typer.echo(f"{model['name']}: release {model['sequence']} in slot {model['slot']}{before}")
-    if not found:
-        typer.echo(f"no model is installed in {folder}")
-
-
-def _installed(name: str, record: Record) -> dict[str, Any]:
-    current, *before = record.slots
-    return {
-        "name": name,
-        "sequence": current.release.sequence,
-        "model_version": current.model_version,
-        "manifest": current.release.manifest.hex(),
-        "slot": current.letter,
-        "before": before[0].release.sequence if before else None,
-        "newest_trusted": record.newest.sequence,
-    }

@@ -207,10 +207,14 @@ def record_of(device: Path, name: str) -> Record | None:
     return record if record is not None and record.slots else None
 
 
+def model_names(device: Path) -> list[str]:
+    """The models that a device has a record of, damaged or not."""
+    return sorted(path.parent.name for path in (device / MODELS_FOLDER).glob(f"*/{RECORD_FILE}"))
+
+
 def records(device: Path) -> dict[str, Record]:
     """What is installed on a device, by the model's name; raises as `read_record` does."""
-    names = sorted(home.name for home in (device / MODELS_FOLDER).glob("*"))
-    return {name: record for name in names if (record := record_of(device, name)) is not None}
+    return {name: record for name in model_names(device) if (record := record_of(device, name)) is not None}
 
 
 def _make_folder(path: Path) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from propolis.client.cli import APP_THREAD, client_app
+from propolis.client.models_cli import predict_command
 from propolis.logs import configure_logging, one_line
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
@@ -26,7 +27,7 @@ from propolis.server.export_cli import export_command
 from propolis.server.models_cli import models_app
 from propolis.server.package_cli import package_app
 from propolis.server.rollout_cli import rollout_app
-from propolis.serving.cli import predict_command, serve_command
+from propolis.serving.cli import serve_command
 from propolis.settings import Settings, load_settings
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Command
 from enrolling import Applicant, Site
+from runnable import release
 
 from propolis.client.keyholder import Keyholder
 from propolis.client.state import FileStore
@@ -28,8 +29,9 @@ def test_a_model_goes_from_the_command_line_to_a_device_and_back_again(
     site.membership.refresh()
     site.membership.admit(0, applicant.state.descriptor)
     enrol_on_disk(applicant.state, site, tmp_path / "device")
-    for name in ("model.onnx", "golden.npz"):
-        (tmp_path / name).write_bytes(name.encode() * 1000)
+    files = {name: content for name, (content, _) in release().items()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
 
     def run(*arguments: object) -> str:
         done = propolis(*arguments)
@@ -48,13 +50,13 @@ def test_a_model_goes_from_the_command_line_to_a_device_and_back_again(
     assert json.loads(run("package", "verify", "one", "--federation", "fed/server", "--json"))["release_key"] == 1
     assert "no model is installed" in run("client", "installed", "--dir", "device")
     install = ("client", "install", "one", "one.keys", "--dir", "device")
-    assert run(*install) == run(*install) == "installed: release 1 of digits\n"
+    assert run(*install) == run(*install) == "installed: release 1 of digits; tried: onnx, differs by 0\n"
     run(*seal, "--sequence", 2, "--out", "two", "--json")
     run("client", "install", "two", "two.keys", "--dir", "device", "--model", "digits", "--store-plain")
     (found,) = json.loads(run("client", "installed", "--dir", "device", "--json"))
     assert (found["name"], found["sequence"], found["slot"], found["before"]) == ("digits", 2, "b", 1)
     assert "release 2 in slot b, before it 1" in run("client", "installed", "--dir", "device")
-    assert (tmp_path / "device/models/digits/slots/b/plain/model.onnx").read_bytes() == b"model.onnx" * 1000
+    assert (tmp_path / "device/models/digits/slots/b/plain/model.onnx").read_bytes() == files["model.onnx"]
 
     refused = propolis(*install)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

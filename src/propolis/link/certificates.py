@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from propolis.link.keys import encode_private_key, load_tls_key
 from propolis.secure.errors import Refusal, TrustError, UsageError
@@ -121,6 +122,20 @@ def fault_of(tls: Tls, now: float) -> str | None:
         return f"the certificate in {CERTIFICATE_FILE} was not issued by the authority in {AUTHORITY_FILE}"
     fault = out_of_date(certificate, now, "the certificate")
     return fault or out_of_date(authority, now, "the authority's certificate")
+
+
+def not_for_a_server(tls: Tls) -> str | None:
+    """Why no caller would accept this certificate from a server, in words; None where it may."""
+    try:
+        uses = parse_certificate(tls.certificate).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return None
+    if {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(uses):
+        return None
+    return (
+        f"the certificate in {CERTIFICATE_FILE} is a client's, such as a device's, which no caller accepts from a "
+        "server: give a folder with a server's"
+    )
 
 
 def out_of_date(certificate: x509.Certificate, now: float, what: str) -> str | None:

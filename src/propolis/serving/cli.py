@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,32 +136,3 @@ def load_files(named: Sequence[tuple[str, Path]], threads: int) -> list[Model]:
     from propolis.serving.model import load_model_file
 
     return [load_model_file(file, name, threads=threads) for name, file in named]
-
-
-def predict_command(
-    model: Annotated[Path, typer.Option("--model", metavar="FILE", help="The ONNX file.")],
-    inputs: Annotated[
-        Path, typer.Option("--input", metavar="FILE", help="Its inputs: .npy, or .json by name or as nested lists.")
-    ],
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write the outputs there: .npy or .json.")
-    ] = None,
-    threads: Annotated[int, typer.Option("--threads", help="Threads to compute with.", min=1, max=1024)] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
-) -> None:
-    """Compute a model's outputs for the inputs in a file."""
-    from propolis.serving.model import load_model_file
-    from propolis.serving.predict import as_lists, predict, require_ending, write_outputs
-
-    if output is not None:
-        require_ending(output, "--output")
-    outputs = predict(load_model_file(model, threads=threads), inputs)
-    if output is not None:
-        write_outputs(outputs, output)
-    if as_json:
-        typer.echo(json.dumps(as_lists(outputs)))
-        return
-    for name, array in outputs.items():
-        typer.echo(f"{name}: {array.dtype} {list(array.shape)}\n{array}")
-    if output is not None:
-        typer.echo(f"outputs in {output}")

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 from propolis.link.address import Address
-from propolis.link.certificates import Tls, fault_of, load_tls
+from propolis.link.certificates import Tls, fault_of, load_tls, not_for_a_server
 from propolis.link.options import listen
 from propolis.secure.errors import UsageError
 from propolis.serving.batching import Batcher, Batching
@@ -144,10 +144,10 @@ def load_server_tls(folder: Path, passphrase: bytes | None = None) -> Tls:
     """The certificate and key in a folder, as `propolis.link.certificates.load_tls` reads them, and still valid.
 
     Raises:
-        UsageError: one is missing, damaged, expired, or others may read the key.
+        UsageError: one is missing, damaged, expired or a device's, or others may read the key.
     """
     tls = load_tls(folder, passphrase)
-    if (fault := fault_of(tls, time.time())) is not None:
+    if (fault := fault_of(tls, time.time()) or not_for_a_server(tls)) is not None:
         raise UsageError(f"{folder}: {fault}")
     return tls
 
