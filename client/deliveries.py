@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc.aio
 
 from propolis.client.fetch import Fetcher, NotDeliveredError
-from propolis.client.incoming import remove_others
+from propolis.client.incoming import Incoming, remove_others
 from propolis.client.install import LARGEST_MODEL, Installer, Status
 from propolis.client.keyholder import Keyholder
 from propolis.client.probe import Probe
@@ -186,10 +186,11 @@ class Deliveries:
         installer = Installer(self._folder, device, taking.probe, largest=taking.largest, tell=tell)
         opened = await fetcher.open(release)
         await asyncio.to_thread(installer.require_acceptable, opened.header, time.time(), release)
-        package = await fetcher.fetch(release, opened.header, self._folder)
+        with await asyncio.to_thread(Incoming, self._folder, opened.header) as incoming:
+            await fetcher.fetch(release, incoming)
         install = partial(installer.install, name=release.name, store_plain=taking.store_plain)
-        manifest = await asyncio.to_thread(install, package, opened.key, time.time())
-        await asyncio.to_thread(package.unlink, missing_ok=True)
+        manifest = await asyncio.to_thread(install, incoming.path, opened.key, time.time())
+        await asyncio.to_thread(incoming.path.unlink, missing_ok=True)
         return manifest
 
     async def _report(self, fetcher: Fetcher, release: Release, statuses: asyncio.Queue[Status | None]) -> None:

@@ -7,13 +7,11 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
-from propolis.client.incoming import Incoming
 from propolis.link.delivery import (
     FetchRequest,
     LookReply,
@@ -28,7 +26,6 @@ from propolis.link.delivery import (
     RosterRequest,
 )
 from propolis.link.rate import Rate
-from propolis.package import Header
 from propolis.protos import identity_pb2, model_pb2_grpc
 from propolis.protos import model_pb2 as pb
 from propolis.secure.errors import PeerError, PropolisError, Refusal
@@ -60,6 +57,21 @@ class NotDeliveredError(PropolisError):
     def __init__(self, detail: str, is_final: bool) -> None:
         super().__init__(detail)
         self.is_final = is_final
+
+
+class Arriving(Protocol):
+    """Takes the chunks of a package."""
+
+    @property
+    def next(self) -> int:
+        """Number of the first chunk that is missing."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all chunks are there."""
+
+    def add(self, chunk: bytes) -> None:
+        """Take the next chunk; raises TrustError when it is not the one that was released, or StorageError."""
 
 
 class Fetcher:
@@ -97,33 +109,30 @@ class Fetcher:
                     raise PeerError(Refusal.MALFORMED, f"the server's roster has more than {_LARGEST_ROSTER} bytes")
         return decode(Signed, bytes(data), identity_pb2.Signed, _LARGEST_ROSTER)
 
-    async def fetch(self, release: Release, header: Header, device: Path) -> Path:
-        """The whole package in a file; what is there of it is not fetched again.
+    async def fetch(self, release: Release, incoming: Arriving) -> None:
+        """The chunks of a package that are missing; again and again, for as long as some come.
 
         Args:
             release: which one.
-            header: of the package; it has been found acceptable.
-            device: the device's folder.
+            incoming: takes them.
 
         Raises:
             NotDeliveredError: the server refuses, or nothing more came in several attempts.
             PeerError, TrustError: a piece is malformed, or not what was released.
             StorageError: it could not be written.
         """
-        with await asyncio.to_thread(Incoming, device, header) as incoming:
-            tries = 0
-            while not incoming.is_whole:
-                before = incoming.next
-                try:
-                    await self._fetch_on(release, incoming)
-                except NotDeliveredError as error:
-                    tries = 0 if incoming.next > before else tries + 1
-                    if error.is_final or tries >= _TRIES:
-                        raise
-                    await _pause(tries, error)
-            return incoming.path
+        tries = 0
+        while not incoming.is_whole:
+            before = incoming.next
+            try:
+                await self._fetch_on(release, incoming)
+            except NotDeliveredError as error:
+                tries = 0 if incoming.next > before else tries + 1
+                if error.is_final or tries >= _TRIES:
+                    raise
+                await _pause(tries, error)
 
-    async def _fetch_on(self, release: Release, incoming: Incoming) -> None:
+    async def _fetch_on(self, release: Release, incoming: Arriving) -> None:
         asked = FetchRequest(release, incoming.next)
         async with aclosing(self._pieces(self._stub.Fetch, asked, pb.FetchRequest)) as pieces:
             async for piece in pieces:

@@ -43,7 +43,7 @@ class ServerConfig(BaseModel):
         0, ge=0, le=_LARGEST_MB, description="KiB per second that all devices together fetch models with; 0: no bound."
     )
     stay: bool = Field(False, description="Stay when the run is over: for enrolment, and to deliver models.")
-    train: bool = Field(True, description="Run a job; --no-train only stays.")
+    idle: bool = Field(False, description="Run no job: only let devices enrol and fetch models.")
     log_format: Literal["text", "json"] = Field("text", description="How the log is written to standard error.")
 
 

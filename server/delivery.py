@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -46,10 +47,13 @@ from propolis.server.shelf import NotOnOfferError, Shelf
 _MOST_FETCHES = 2
 # A device that takes longer for a chunk has gone, or keeps the server's memory on purpose.
 _LONGEST_WRITE_S = 60.0
+# Pieces in memory for devices that are quick to take them; one that is not gives its turn to another.
+_MOST_SENDING, _QUICK_WRITE_S = 32, 1.0
 _log = logging.getLogger("propolis.server")
 
 Answer = Callable[[Any, DeviceName], Awaitable[object]]
-Answers = Callable[[Any, DeviceName], AsyncGenerator[bytes, None]]
+Read = Callable[[], bytes]
+Answers = Callable[[Any, DeviceName], AsyncGenerator[Read, None]]
 
 
 class Delivery:
@@ -65,6 +69,7 @@ class Delivery:
     def __init__(self, shelf: Shelf, membership: Membership, reports: Reports, rate: float = 0) -> None:
         self._shelf, self._membership, self._reports = shelf, membership, reports
         self._rate = Rate(rate)
+        self._sending = asyncio.Semaphore(_MOST_SENDING)
         self._fetches: Counter[int] = Counter()
 
     def refresh(self) -> bool:
@@ -108,17 +113,21 @@ class Delivery:
         if outcome is Outcome.FAILED:
             _log.warning("%s failed on a device: %s", release, printable, extra={"index": name.index})
 
-    async def _roster(self, _: RosterRequest, __: DeviceName) -> AsyncGenerator[bytes, None]:
+    async def _roster(self, _: RosterRequest, __: DeviceName) -> AsyncGenerator[Read, None]:
         data = encode(self._membership.roster.signed, identity_pb2.Signed)
-        for begin in range(0, len(data), SEALED_CHUNK_BYTES):
-            yield data[begin : begin + SEALED_CHUNK_BYTES]
 
-    async def _fetch(self, asked: FetchRequest, name: DeviceName) -> AsyncGenerator[bytes, None]:
+        def piece(begin: int) -> bytes:
+            return data[begin : begin + SEALED_CHUNK_BYTES]
+
+        for begin in range(0, len(data), SEALED_CHUNK_BYTES):
+            yield partial(piece, begin)
+
+    async def _fetch(self, asked: FetchRequest, name: DeviceName) -> AsyncGenerator[Read, None]:
         offer = self._shelf.require(asked.release, name)
         with self._one_more(name), offer.opened() as chunk:
             for number in range(asked.first, offer.chunks):
                 self._shelf.require(asked.release, name)
-                yield await asyncio.to_thread(chunk, number)
+                yield partial(chunk, number)
 
     @contextmanager
     def _one_more(self, name: DeviceName) -> Iterator[None]:
@@ -147,14 +156,22 @@ class Delivery:
                 async with aclosing(answers(decode(cls, data, proto, LARGEST_REQUEST), name)) as pieces:
                     async for piece in pieces:
                         self._membership.require(name)
-                        await self._rate.take(len(piece))
-                        await asyncio.wait_for(context.write(encode(Piece(piece), pb.Piece)), _LONGEST_WRITE_S)
+                        await self._send(piece, context)
             except PropolisError as error:
                 await _abort(context, error)
             except TimeoutError:
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the device does not read")
 
         return grpc.unary_stream_rpc_method_handler(handle)
+
+    async def _send(self, read: Read, context: Any) -> None:
+        """Read a piece and send it, when it is its turn; who is slow to take it keeps nobody else waiting."""
+        async with self._sending:
+            piece = encode(Piece(await asyncio.to_thread(read)), pb.Piece)
+            await self._rate.take(len(piece))
+            write = asyncio.ensure_future(context.write(piece))
+            await asyncio.wait({write}, timeout=_QUICK_WRITE_S)
+        await asyncio.wait_for(write, _LONGEST_WRITE_S)
 
     def _asker(self, context: Any) -> DeviceName:
         """Who asks, when it may; raises TrustError."""

@@ -92,7 +92,7 @@ class Server:
 
     def streams(self) -> int:
         """How many the devices have begun until now."""
-        return sum(1 for _ in _entries(self.process.log, _CONNECTED))
+        return sum(1 for _ in entries(self.process.log, _CONNECTED))
 
     def figures(self) -> dict[str, Any]:
         """What its app wrote, as soon as the process has ended; raises PropolisError when it failed."""
@@ -132,8 +132,8 @@ def served(folder: Path, serving: Serving) -> Iterator[Server]:
     config = folder / "server.toml"
     config.write_text(tomli_w.dumps(_settings(folder, serving, out)), encoding="utf-8")
     with started("propolis", ["server", "--config", str(config)], folder / "server.log") as process:
-        wait_until(lambda: any(_entries(process.log, _LISTENING)), process, _START_DEADLINE_S)
-        port = next(_entries(process.log, _LISTENING))["port"]
+        wait_until(lambda: any(entries(process.log, _LISTENING)), process, _START_DEADLINE_S)
+        port = next(entries(process.log, _LISTENING))["port"]
         yield Server(port, process, out, deadline)
 
 
@@ -173,7 +173,7 @@ def _settings(folder: Path, serving: Serving, out: Path) -> dict[str, Any]:
     return {"server": server, "run-config": told}
 
 
-def _entries(log: Path, message: str) -> Iterator[dict[str, Any]]:
+def entries(log: Path, message: str) -> Iterator[dict[str, Any]]:
     """What a process has said under this heading."""
     for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.startswith("{") and line.endswith("\n") and (entry := json.loads(line))["message"] == message:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -184,16 +184,16 @@ def server_command(
     configure_logging(told.log_format)
     as_rows = not as_json and told.log_format == "text" and sys.stdout.isatty()
     try:
-        result = serve(served, passphrase, Console() if as_rows else None) if told.train else None
+        result = serve(served, passphrase, Console() if as_rows else None) if not told.idle else None
     except KeyboardInterrupt:
         _stop(f"stopped; start it again and it goes on with the run in {told.out}", EXIT_INTERRUPTED)
     _say_result(result, told.out, as_json)
-    if told.stay or not told.train:
+    if told.stay or told.idle:
         sys.stdout.flush()
         stay(served, passphrase)
 
 
-def _say_result(result: Mapping[str, Any] | None, out: str, as_json: bool) -> None:
+def _say_result(result: dict[str, Any] | None, out: str, as_json: bool) -> None:
     if result is not None and as_json:
         typer.echo(json.dumps(result))
     elif result is not None:
@@ -278,6 +278,18 @@ def bench_edge(
     from propolis.simulations.bench.link import run_benchmark
 
     run_benchmark(out or Path("runs") / "bench-edge.json", as_json, parts(Effort(), data), PACKAGES)
+
+
+@bench_app.command("delivery")
+def bench_delivery(
+    as_json: JsonFlag = False,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the figures as JSON.")] = None,
+) -> None:
+    """Sealing for 10,000 devices, and 200 devices that fetch 50 MiB at once (some minutes)."""
+    from propolis.simulations.bench.delivery import PACKAGES, Effort, parts
+    from propolis.simulations.bench.link import run_benchmark
+
+    run_benchmark(out or Path("runs") / "bench-delivery.json", as_json, parts(Effort()), PACKAGES)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def found(devices: int = 4) -> Founded:
         roster, invitation, key = root.invite(roster, f"device-{index}")
         keys.append(key)
         states.append(DeviceState.enrolled(root.public_key, invitation, key))
-    federation = Federation(root.public_key, root.sign_roster(roster), tuple(states))
+    federation = Federation(root, root.sign_roster(roster), tuple(states))
     return Founded(root, roster, tuple(keys), federation)
 
 

@@ -335,7 +335,7 @@ def founded(folder: Path) -> tuple[Root, Roster]:
     for index in range(3):
         roster, invitation, key = root.invite(roster, f"device-{index}")
         states.append(DeviceState.enrolled(root.public_key, invitation, key))
-    write_linked_federation(Federation(root.public_key, root.sign_roster(roster), tuple(states)), folder)
+    write_linked_federation(Federation(root, root.sign_roster(roster), tuple(states)), folder)
     return root, roster
 
 
