@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+from dying import die_at
 from releasing import NOW, WEIGHTS, Publisher, flipped, key_for, rewritten
 
 from propolis.client.install import Installer, Status
 from propolis.client.keyholder import Keyholder
 from propolis.client.slots import Slots, records
 from propolis.link.delivery import Outcome
-from propolis.secure import content
 from propolis.secure.content import WrappedKey
-from propolis.secure.errors import PropolisError, RefusedError, StorageError, UsageError
+from propolis.secure.errors import RefusedError, StorageError, UsageError
 from propolis.secure.manifest import Kind, Manifest
 
 
@@ -188,48 +185,6 @@ def test_a_package_that_changes_between_check_and_copy_is_not_kept(publisher: Pu
         publisher.device(probe=probe).install(package, key_for(package), NOW)
     with pytest.raises(UsageError, match="no model is installed"):
         publisher.device().open()
-
-
-WRITES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"})
-
-
-def die_at(number: int, act: Callable[[], object]) -> bool:
-    """Do something in a process that is killed before its n-th step on the disk; False when it has fewer."""
-    child = os.fork()
-    if child == 0:
-        _dying(number)
-        try:
-            act()
-        except PropolisError:
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return code == 9
-
-
-def _dying(number: int) -> None:
-    """Die before the n-th change of a file, flush to the disk, or chunk."""
-    steps, fsync, require_chunk = list[str](), os.fsync, content.require_chunk
-
-    def step(what: str) -> None:
-        steps.append(what)
-        if len(steps) == number:
-            os._exit(9)
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in WRITES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-            step(event)
-
-    def counted(function: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
-            step(function.__name__)
-            function(*arguments)
-
-        return call
-
-    os.fsync, content.require_chunk = counted(fsync), counted(require_chunk)
-    sys.addaudithook(audit)
 
 
 @pytest.mark.parametrize("store_plain", [False, True])

@@ -63,7 +63,9 @@ def serving(folder: Path, *more: object) -> Iterator[tuple[subprocess.Popen[str]
 
 def _read_log(process: subprocess.Popen[str], logged: list[dict[str, object]]) -> None:
     assert process.stderr is not None
-    logged.extend(json.loads(line) if line.startswith("{") else {"message": line} for line in process.stderr)
+    for line in process.stderr:
+        entry = json.loads(line) if line.startswith("{") else {"message": line}
+        logged.append(entry)
 
 
 def eventually(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
