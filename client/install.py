@@ -200,7 +200,14 @@ class Installer:
                 record = replace(record, slots=record.slots[1:])
             else:
                 return current
-        return slots.fill(record, package, key, accepted).slots[0]
+        try:
+            return slots.fill(record, package, key, accepted).slots[0]
+        except StorageError as error:
+            kept = slots.record() or record
+            if kept.current is None:
+                raise
+            stays = f"release {kept.current.release.sequence} of {accepted.manifest.name} is what is installed"
+            raise StorageError(f"{error}; {stays}") from None
 
     def _open_slot(self, slots: Slots, record: Record, place: int) -> Opened:
         manifest, files = self._read(slots, record.slots[place])
