@@ -39,9 +39,12 @@ def sized(least: int, most: int | None = None, *, count: int = 0, default: Any =
     return field(metadata=metadata) if default is None else field(metadata=metadata, default=default)
 
 
-def between(least: float, most: float, *, count: int = 0, default: Any = None) -> Any:
-    """A number from `least` to `most`, both included; NaN is never between."""
-    metadata = {"bound": Bound(least, most, count)}
+def between(least: float, most: float, *, count: int = 0, default: Any = None, implied: bool = False) -> Any:
+    """A number from `least` to `most`, both included; NaN is never between.
+
+    Where the default is `implied` it does not travel: `proto` has an ``optional`` field, which older messages lack.
+    """
+    metadata = {"bound": Bound(least, most, count), "implied": implied}
     return field(metadata=metadata) if default is None else field(metadata=metadata, default=default)
 
 
@@ -105,7 +108,7 @@ def fill(message: Any, proto: Message) -> None:
     """Copy a dataclass into a protobuf message."""
     for each in _layout_of(cast(Hashable, type(message))):
         value = getattr(message, each.name)
-        if value is None:
+        if value is None or (each.optional and value == each.default):
             continue
         if each.repeated:
             _fill_repeated(getattr(proto, each.name), value, each)
@@ -127,6 +130,8 @@ def read(cls: type[T], proto: Message) -> T:
                     Refusal.MALFORMED, f"{cls.__name__}.{each.name}: {len(raw)} entries, at most {each.bound.count}"
                 )
             values.append(tuple(_read_one(cls, each, one) for one in raw))
+        elif each.optional and not proto.HasField(each.name):
+            values.append(each.default)
         elif each.is_message and not proto.HasField(each.name):
             raise PeerError(Refusal.MALFORMED, f"{cls.__name__}.{each.name} is missing")
         else:
@@ -154,13 +159,20 @@ def _read_one(cls: type, layout: _Field, raw: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """What there is to know of a field; `kind` is that of an entry where the field is repeated."""
+    """What there is to know of a field.
+
+    Attributes:
+        kind: of an entry where the field is repeated.
+        optional: it may be missing, and then is the default: None of a message, else what is implied.
+    """
 
     name: str
     kind: type
     bound: Bound
     is_message: bool
     repeated: bool
+    optional: bool
+    default: Any
 
 
 @lru_cache(maxsize=128)
@@ -169,7 +181,9 @@ def _layout_of(cls: Any) -> tuple[_Field, ...]:
     layout = []
     for each in fields(cls):
         kind, repeated = hints[each.name], get_origin(hints[each.name]) is tuple
-        entry = get_args(kind)[0] if repeated else kind
-        bound = each.metadata.get("bound", Bound())
-        layout.append(_Field(each.name, entry, bound, hasattr(entry, "__dataclass_fields__"), repeated))
+        may_lack = type(None) in get_args(kind)
+        entry = get_args(kind)[0] if repeated or may_lack else kind
+        bound, optional = each.metadata.get("bound", Bound()), may_lack or each.metadata.get("implied", False)
+        is_message = hasattr(entry, "__dataclass_fields__")
+        layout.append(_Field(each.name, entry, bound, is_message, repeated, optional, each.default))
     return tuple(layout)

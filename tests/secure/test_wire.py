@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from propolis.protos import identity_pb2
 from propolis.secure.errors import PeerError, Refusal
 from propolis.secure.identity import Invitation, Prekey, Roster, RosterEntry
-from propolis.secure.wire import LARGEST_MESSAGE, between, decode, encode, many, sized
+from propolis.secure.wire import LARGEST_MESSAGE, between, decode, decode_exactly, encode, many, sized
 
 # A format of this test's own with a field of every kind, so that it does not change with the protocol.
 SCHEMA = """
@@ -37,6 +37,9 @@ message_type {
   field { name: "counter" number: 4 label: LABEL_OPTIONAL type: TYPE_UINT64 }
   field { name: "numbers" number: 5 label: LABEL_REPEATED type: TYPE_UINT32 }
   field { name: "entries" number: 6 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".test.Entry" }
+  field { name: "extra" number: 7 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".test.Entry" }
+  field { name: "kind" number: 8 label: LABEL_OPTIONAL type: TYPE_UINT32 proto3_optional: true oneof_index: 0 }
+  oneof_decl { name: "_kind" }
 }
 """
 
@@ -66,6 +69,8 @@ class Letter:
     counter: int  # without a bound of its own
     numbers: tuple[int, ...] = between(2, 9, count=2)
     entries: tuple[Entry, ...] = many(2)
+    extra: Entry | None = None
+    kind: int = between(1, 2, default=1, implied=True)
 
 
 LETTER_PROTO = letter_proto()
@@ -75,6 +80,7 @@ INVITATION = Invitation(bytes(32), 7, "clinic", bytes(32))
 EXAMPLES: list[tuple[Any, type[Message]]] = [
     (LETTER, LETTER_PROTO),
     (Letter(ENTRY, Names(()), 0.0, 0, (), ()), LETTER_PROTO),  # `names` is there, though nothing is in it
+    (replace(LETTER, extra=ENTRY, kind=2), LETTER_PROTO),
     (INVITATION, identity_pb2.Invitation),
     (Prekey(2**62, bytes(32)), identity_pb2.Prekey),
     (Roster(bytes(32), 1, 0, ()), identity_pb2.Roster),
@@ -130,6 +136,9 @@ def test_a_field_out_of_its_bounds_is_refused(field: str, value: object) -> None
         ({"entries": (ENTRY,) * 3}, "Letter.entries: 3 entries, at most 2"),
         ({"entries": (ENTRY, Entry(10, b"four"))}, "Entry.index: expected 0 to 9, got 10"),
         ({"entries": (ENTRY, Entry(9, b""))}, "Entry.key: expected 4 to 4, got 0"),
+        ({"extra": Entry(9, b"")}, "Entry.key: expected 4 to 4, got 0"),
+        ({"kind": 0}, "Letter.kind: expected 1 to 2, got 0"),
+        ({"kind": 3}, "Letter.kind: expected 1 to 2, got 3"),
     ],
 )
 def test_every_kind_of_field_is_bounded(change: dict[str, Any], because: str) -> None:
@@ -141,6 +150,19 @@ def test_a_missing_message_is_refused(name: str) -> None:
     proto = LETTER_PROTO.FromString(encode(LETTER, LETTER_PROTO))
     proto.ClearField(name)
     assert_refused(Letter, proto.SerializeToString(), LETTER_PROTO, f"Letter.{name} is missing")
+
+
+def test_what_is_implied_does_not_travel_and_has_one_form() -> None:
+    plain = encode(LETTER, LETTER_PROTO)
+    proto = LETTER_PROTO.FromString(plain)
+    assert not proto.HasField("kind")
+    assert not proto.HasField("extra")
+    proto.kind = 1  # type: ignore[attr-defined]
+    said = proto.SerializeToString(deterministic=True)
+    assert said != plain
+    assert decode(Letter, said, LETTER_PROTO) == decode_exactly(Letter, plain, LETTER_PROTO) == LETTER
+    with pytest.raises(PeerError, match="canonical"):
+        decode_exactly(Letter, said, LETTER_PROTO)
 
 
 def test_long_data_is_refused_before_it_is_parsed() -> None:
