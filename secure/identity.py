@@ -151,12 +151,17 @@ def verify(
         PeerError: the signed bytes are not such a message, or longer than any.
     """
     if len(signed.payload) > limit:
-        raise PeerError(Refusal.MALFORMED, f"a {cls.__name__.lower()} of {len(signed.payload)} bytes")
+        raise PeerError(Refusal.MALFORMED, f"{_one(cls)} of {len(signed.payload)} bytes")
     try:
         _verify_signature(public_key, labels.joined(label, *context, signed.payload), signed.signature)
     except (InvalidSignature, ValueError):
-        raise TrustError(refusal, f"the signature on a {cls.__name__.lower()} does not hold") from None
+        raise TrustError(refusal, f"the signature on {_one(cls)} does not hold") from None
     return decode_exactly(cls, signed.payload, proto)
+
+
+def _one(cls: type) -> str:
+    name = cls.__name__.lower()
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 @lru_cache(maxsize=8192)

@@ -66,7 +66,7 @@ def test_a_token_of_another_version_is_told() -> None:
 
 
 def test_a_token_that_contradicts_itself_is_refused() -> None:
-    with pytest.raises(UsageError, match="signature on a invitation"):
+    with pytest.raises(UsageError, match="signature on an invitation"):
         replace(TOKEN, root_key=Root(SigningKey.generate()).public_key).verified()
     with pytest.raises(UsageError, match="its key is not the invitation's"):
         replace(TOKEN, private_key=bytes(32)).verified()

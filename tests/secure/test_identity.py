@@ -122,7 +122,7 @@ def test_a_forged_invitation_is_refused() -> None:
     _, signed, _ = ROOT.invite(ROSTER, "eve")
     verify_invitation(ROOT.public_key, signed)
     for forged in forgeries(signed):
-        with distrust(Refusal.IDENTITY, "signature on a invitation does not hold"):
+        with distrust(Refusal.IDENTITY, "signature on an invitation does not hold"):
             verify_invitation(ROOT.public_key, forged)
 
 
