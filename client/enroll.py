@@ -14,6 +14,7 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from propolis.client.config import SETTINGS_FILE
+from propolis.client.hybrid import announcement_by
 from propolis.client.introduction import Introduction
 from propolis.client.seal import Seal
 from propolis.client.state import STATE_FILE, FileStore
@@ -34,7 +35,8 @@ from propolis.link.enrolment import EnrollReply, EnrollRequest, prove
 from propolis.link.keys import encode_private_key, load_tls_key, save_private_key
 from propolis.link.token import Token
 from propolis.secure.errors import PropolisError, Refusal, TrustError, UsageError
-from propolis.secure.identity import Invitation, descriptor_digest, trusted_roster, verify_descriptor
+from propolis.secure.identity import Invitation, Signed, descriptor_digest, trusted_roster, verify_descriptor
+from propolis.secure.kem import has_hybrid
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.policy import Policy
 from propolis.storage import locked, write_atomically
@@ -112,7 +114,12 @@ class _Device:
         """What is sent: public keys, and proofs of having their private halves."""
         state, csr = self._state, signing_request(self._key)
         proof = prove(state.signing_key, state.own_descriptor, csr, clock)
-        return EnrollRequest(self._asked.token.invitation, state.descriptor, csr, clock, proof)
+        invitation, announced = self._asked.token.invitation, self._announcement()
+        return EnrollRequest(invitation, state.descriptor, csr, clock, proof, announcement=announced)
+
+    def _announcement(self) -> Signed | None:
+        """Of the device's hybrid key; without ML-KEM on this machine it enrols without one."""
+        return announcement_by(self._state, self._asked.folder, self._seal) if has_hybrid() else None
 
     def accept(self, reply: EnrollReply, authority: bytes) -> None:
         """Check an answer, and keep it.

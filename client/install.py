@@ -182,7 +182,8 @@ class Installer:
 
     def _open(self, package: Package, key: WrappedKey, accepted: Accepted) -> dict[str, bytes]:
         package.require_whole(accepted.manifest)
-        content_key = unwrap_key(key, accepted, self._device.descriptor, self._device.hpke_private)
+        private = self._device.private_for(accepted.manifest.kem)
+        content_key = unwrap_key(key, accepted, self._device.descriptor, private)
         return open_files(accepted.manifest, content_key, package.chunks())
 
     def _try(self, manifest: Manifest, files: Mapping[str, bytes]) -> None:

@@ -33,20 +33,22 @@ class AuthorityReply(_message.Message):
     def __init__(self, certificate: _Optional[bytes] = ...) -> None: ...
 
 class EnrollRequest(_message.Message):
-    __slots__ = ("version", "invitation", "descriptor", "signing_request", "clock", "proof")
+    __slots__ = ("version", "invitation", "descriptor", "signing_request", "clock", "proof", "announcement")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INVITATION_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     SIGNING_REQUEST_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
     version: int
     invitation: _identity_pb2.Signed
     descriptor: _identity_pb2.Signed
     signing_request: bytes
     clock: int
     proof: bytes
-    def __init__(self, version: _Optional[int] = ..., invitation: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., signing_request: _Optional[bytes] = ..., clock: _Optional[int] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    announcement: _identity_pb2.Signed
+    def __init__(self, version: _Optional[int] = ..., invitation: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., signing_request: _Optional[bytes] = ..., clock: _Optional[int] = ..., proof: _Optional[bytes] = ..., announcement: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class EnrollReply(_message.Message):
     __slots__ = ("version", "certificate", "roster", "link_address")

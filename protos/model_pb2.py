@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from propolis.protos import identity_pb2 as propolis_dot_protos_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpropolis/protos/model.proto\x12\x11propolis.model.v1\x1a\x1epropolis/protos/identity.proto\"\x8c\x01\n\nDelegation\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06serial\x18\x03 \x01(\x04\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x12\n\nnot_before\x18\x05 \x01(\x04\x12\x11\n\tnot_after\x18\x06 \x01(\x04\x12\x0e\n\x06models\x18\x07 \x03(\t\"H\n\x0cPackagedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0c\n\x04kind\x18\x04 \x01(\r\"&\n\x07Measure\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"4\n\x05Trial\x12\x1a\n\x12largest_difference\x18\x01 \x01(\x01\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xde\x03\n\x08Manifest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x15\n\rmodel_version\x18\x05 \x01(\x04\x12\x18\n\x10plaintext_digest\x18\x06 \x01(\x0c\x12\x16\n\x0eplaintext_size\x18\x07 \x01(\x04\x12\x19\n\x11\x63iphertext_digest\x18\x08 \x01(\x0c\x12\x17\n\x0f\x63iphertext_size\x18\t \x01(\x04\x12\x16\n\x0ekey_commitment\x18\n \x01(\x0c\x12\x0e\n\x06parent\x18\x0b \x01(\x04\x12\x0e\n\x06run_id\x18\x0c \x01(\x0c\x12\r\n\x05round\x18\r \x01(\x04\x12\x0f\n\x07\x65psilon\x18\x0e \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x0f \x01(\x01\x12.\n\nevaluation\x18\x10 \x03(\x0b\x32\x1a.propolis.model.v1.Measure\x12\x0f\n\x07\x63reated\x18\x11 \x01(\x04\x12\x0f\n\x07\x65xpires\x18\x12 \x01(\x04\x12.\n\x05\x66iles\x18\x13 \x03(\x0b\x32\x1f.propolis.model.v1.PackagedFile\x12\'\n\x05trial\x18\x14 \x01(\x0b\x32\x18.propolis.model.v1.Trial\"\x92\x01\n\x06Header\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x30\n\ndelegation\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12.\n\x08manifest\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x15\n\rchunk_digests\x18\x04 \x01(\x0c\"N\n\nWrappedKey\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0e\n\x06sealed\x18\x04 \x01(\x0c\"=\n\x07Trusted\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x0e\n\x06serial\x18\x03 \x01(\x04\"\xd4\x01\n\tInstalled\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x30\n\x05slots\x18\x02 \x03(\x0b\x32!.propolis.model.v1.Installed.Slot\x12*\n\x06newest\x18\x03 \x01(\x0b\x32\x1a.propolis.model.v1.Trusted\x1aX\n\x04Slot\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x15\n\rmodel_version\x18\x02 \x01(\x04\x12+\n\x07release\x18\x03 \x01(\x0b\x32\x1a.propolis.model.v1.Trusted\";\n\x07Release\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\"M\n\x0bLookRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12-\n\tinstalled\x18\x02 \x03(\x0b\x32\x1a.propolis.model.v1.Release\"X\n\tLookReply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06roster\x18\x02 \x01(\x04\x12*\n\x06offers\x18\x03 \x03(\x0b\x32\x1a.propolis.model.v1.Release\" \n\rRosterRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\"K\n\x0bOpenRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12+\n\x07release\x18\x02 \x01(\x0b\x32\x1a.propolis.model.v1.Release\"s\n\tOpenReply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12)\n\x06header\x18\x02 \x01(\x0b\x32\x19.propolis.model.v1.Header\x12*\n\x03key\x18\x03 \x01(\x0b\x32\x1d.propolis.model.v1.WrappedKey\"[\n\x0c\x46\x65tchRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12+\n\x07release\x18\x02 \x01(\x0b\x32\x1a.propolis.model.v1.Release\x12\r\n\x05\x66irst\x18\x03 \x01(\r\"\x15\n\x05Piece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"n\n\rReportRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12+\n\x07release\x18\x02 \x01(\x0b\x32\x1a.propolis.model.v1.Release\x12\x0f\n\x07outcome\x18\x03 \x01(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x1e\n\x0bReportReply\x12\x0f\n\x07version\x18\x01 \x01(\r2\xf5\x02\n\x08\x44\x65livery\x12\x44\n\x04Look\x12\x1e.propolis.model.v1.LookRequest\x1a\x1c.propolis.model.v1.LookReply\x12K\n\x0b\x46\x65tchRoster\x12 .propolis.model.v1.RosterRequest\x1a\x18.propolis.model.v1.Piece0\x01\x12\x44\n\x04Open\x12\x1e.propolis.model.v1.OpenRequest\x1a\x1c.propolis.model.v1.OpenReply\x12\x44\n\x05\x46\x65tch\x12\x1f.propolis.model.v1.FetchRequest\x1a\x18.propolis.model.v1.Piece0\x01\x12J\n\x06Report\x12 .propolis.model.v1.ReportRequest\x1a\x1e.propolis.model.v1.ReportReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpropolis/protos/model.proto\x12\x11propolis.model.v1\x1a\x1epropolis/protos/identity.proto\"\x8c\x01\n\nDelegation\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06serial\x18\x03 \x01(\x04\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x12\n\nnot_before\x18\x05 \x01(\x04\x12\x11\n\tnot_after\x18\x06 \x01(\x04\x12\x0e\n\x06models\x18\x07 \x03(\t\"H\n\x0cPackagedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0c\n\x04kind\x18\x04 \x01(\r\"&\n\x07Measure\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"4\n\x05Trial\x12\x1a\n\x12largest_difference\x18\x01 \x01(\x01\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\xf8\x03\n\x08Manifest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x15\n\rmodel_version\x18\x05 \x01(\x04\x12\x18\n\x10plaintext_digest\x18\x06 \x01(\x0c\x12\x16\n\x0eplaintext_size\x18\x07 \x01(\x04\x12\x19\n\x11\x63iphertext_digest\x18\x08 \x01(\x0c\x12\x17\n\x0f\x63iphertext_size\x18\t \x01(\x04\x12\x16\n\x0ekey_commitment\x18\n \x01(\x0c\x12\x0e\n\x06parent\x18\x0b \x01(\x04\x12\x0e\n\x06run_id\x18\x0c \x01(\x0c\x12\r\n\x05round\x18\r \x01(\x04\x12\x0f\n\x07\x65psilon\x18\x0e \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x0f \x01(\x01\x12.\n\nevaluation\x18\x10 \x03(\x0b\x32\x1a.propolis.model.v1.Measure\x12\x0f\n\x07\x63reated\x18\x11 \x01(\x04\x12\x0f\n\x07\x65xpires\x18\x12 \x01(\x04\x12.\n\x05\x66iles\x18\x13 \x03(\x0b\x32\x1f.propolis.model.v1.PackagedFile\x12\'\n\x05trial\x18\x14 \x01(\x0b\x32\x18.propolis.model.v1.Trial\x12\x10\n\x03kem\x18\x15 \x01(\rH\x00\x88\x01\x01\x42\x06\n\x04_kem\"\x92\x01\n\x06Header\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x30\n\ndelegation\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12.\n\x08manifest\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x15\n\rchunk_digests\x18\x04 \x01(\x0c\"N\n\nWrappedKey\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0e\n\x06sealed\x18\x04 \x01(\x0c\"[\n\x0c\x41nnouncement\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x12\n\ndescriptor\x18\x03 \x01(\x0c\x12\x12\n\nhybrid_key\x18\x04 \x01(\x0c\"=\n\x07Trusted\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x0e\n\x06serial\x18\x03 \x01(\x04\"\xd4\x01\n\tInstalled\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x30\n\x05slots\x18\x02 \x03(\x0b\x32!.propolis.model.v1.Installed.Slot\x12*\n\x06newest\x18\x03 \x01(\x0b\x32\x1a.propolis.model.v1.Trusted\x1aX\n\x04Slot\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x15\n\rmodel_version\x18\x02 \x01(\x04\x12+\n\x07release\x18\x03 \x01(\x0b\x32\x1a.propolis.model.v1.Trusted\";\n\x07Release\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\"M\n\x0bLookRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12-\n\tinstalled\x18\x02 \x03(\x0b\x32\x1a.propolis.model.v1.Release\"X\n\tLookReply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06roster\x18\x02 \x01(\x04\x12*\n\x06offers\x18\x03 \x03(\x0b\x32\x1a.propolis.model.v1.Release\" \n\rRosterRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\"K\n\x0bOpenRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12+\n\x07release\x18\x02 \x01(\x0b\x32\x1a.propolis.model.v1.Release\"s\n\tOpenReply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12)\n\x06header\x18\x02 \x01(\x0b\x32\x19.propolis.model.v1.Header\x12*\n\x03key\x18\x03 \x01(\x0b\x32\x1d.propolis.model.v1.WrappedKey\"[\n\x0c\x46\x65tchRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12+\n\x07release\x18\x02 \x01(\x0b\x32\x1a.propolis.model.v1.Release\x12\r\n\x05\x66irst\x18\x03 \x01(\r\"\x15\n\x05Piece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"n\n\rReportRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12+\n\x07release\x18\x02 \x01(\x0b\x32\x1a.propolis.model.v1.Release\x12\x0f\n\x07outcome\x18\x03 \x01(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x1e\n\x0bReportReply\x12\x0f\n\x07version\x18\x01 \x01(\r2\xf5\x02\n\x08\x44\x65livery\x12\x44\n\x04Look\x12\x1e.propolis.model.v1.LookRequest\x1a\x1c.propolis.model.v1.LookReply\x12K\n\x0b\x46\x65tchRoster\x12 .propolis.model.v1.RosterRequest\x1a\x18.propolis.model.v1.Piece0\x01\x12\x44\n\x04Open\x12\x1e.propolis.model.v1.OpenRequest\x1a\x1c.propolis.model.v1.OpenReply\x12\x44\n\x05\x46\x65tch\x12\x1f.propolis.model.v1.FetchRequest\x1a\x18.propolis.model.v1.Piece0\x01\x12J\n\x06Report\x12 .propolis.model.v1.ReportRequest\x1a\x1e.propolis.model.v1.ReportReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,37 +41,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRIAL']._serialized_start=339
   _globals['_TRIAL']._serialized_end=391
   _globals['_MANIFEST']._serialized_start=394
-  _globals['_MANIFEST']._serialized_end=872
-  _globals['_HEADER']._serialized_start=875
-  _globals['_HEADER']._serialized_end=1021
-  _globals['_WRAPPEDKEY']._serialized_start=1023
-  _globals['_WRAPPEDKEY']._serialized_end=1101
-  _globals['_TRUSTED']._serialized_start=1103
-  _globals['_TRUSTED']._serialized_end=1164
-  _globals['_INSTALLED']._serialized_start=1167
-  _globals['_INSTALLED']._serialized_end=1379
-  _globals['_INSTALLED_SLOT']._serialized_start=1291
-  _globals['_INSTALLED_SLOT']._serialized_end=1379
-  _globals['_RELEASE']._serialized_start=1381
-  _globals['_RELEASE']._serialized_end=1440
-  _globals['_LOOKREQUEST']._serialized_start=1442
-  _globals['_LOOKREQUEST']._serialized_end=1519
-  _globals['_LOOKREPLY']._serialized_start=1521
-  _globals['_LOOKREPLY']._serialized_end=1609
-  _globals['_ROSTERREQUEST']._serialized_start=1611
-  _globals['_ROSTERREQUEST']._serialized_end=1643
-  _globals['_OPENREQUEST']._serialized_start=1645
-  _globals['_OPENREQUEST']._serialized_end=1720
-  _globals['_OPENREPLY']._serialized_start=1722
-  _globals['_OPENREPLY']._serialized_end=1837
-  _globals['_FETCHREQUEST']._serialized_start=1839
-  _globals['_FETCHREQUEST']._serialized_end=1930
-  _globals['_PIECE']._serialized_start=1932
-  _globals['_PIECE']._serialized_end=1953
-  _globals['_REPORTREQUEST']._serialized_start=1955
-  _globals['_REPORTREQUEST']._serialized_end=2065
-  _globals['_REPORTREPLY']._serialized_start=2067
-  _globals['_REPORTREPLY']._serialized_end=2097
-  _globals['_DELIVERY']._serialized_start=2100
-  _globals['_DELIVERY']._serialized_end=2473
+  _globals['_MANIFEST']._serialized_end=898
+  _globals['_HEADER']._serialized_start=901
+  _globals['_HEADER']._serialized_end=1047
+  _globals['_WRAPPEDKEY']._serialized_start=1049
+  _globals['_WRAPPEDKEY']._serialized_end=1127
+  _globals['_ANNOUNCEMENT']._serialized_start=1129
+  _globals['_ANNOUNCEMENT']._serialized_end=1220
+  _globals['_TRUSTED']._serialized_start=1222
+  _globals['_TRUSTED']._serialized_end=1283
+  _globals['_INSTALLED']._serialized_start=1286
+  _globals['_INSTALLED']._serialized_end=1498
+  _globals['_INSTALLED_SLOT']._serialized_start=1410
+  _globals['_INSTALLED_SLOT']._serialized_end=1498
+  _globals['_RELEASE']._serialized_start=1500
+  _globals['_RELEASE']._serialized_end=1559
+  _globals['_LOOKREQUEST']._serialized_start=1561
+  _globals['_LOOKREQUEST']._serialized_end=1638
+  _globals['_LOOKREPLY']._serialized_start=1640
+  _globals['_LOOKREPLY']._serialized_end=1728
+  _globals['_ROSTERREQUEST']._serialized_start=1730
+  _globals['_ROSTERREQUEST']._serialized_end=1762
+  _globals['_OPENREQUEST']._serialized_start=1764
+  _globals['_OPENREQUEST']._serialized_end=1839
+  _globals['_OPENREPLY']._serialized_start=1841
+  _globals['_OPENREPLY']._serialized_end=1956
+  _globals['_FETCHREQUEST']._serialized_start=1958
+  _globals['_FETCHREQUEST']._serialized_end=2049
+  _globals['_PIECE']._serialized_start=2051
+  _globals['_PIECE']._serialized_end=2072
+  _globals['_REPORTREQUEST']._serialized_start=2074
+  _globals['_REPORTREQUEST']._serialized_end=2184
+  _globals['_REPORTREPLY']._serialized_start=2186
+  _globals['_REPORTREPLY']._serialized_end=2216
+  _globals['_DELIVERY']._serialized_start=2219
+  _globals['_DELIVERY']._serialized_end=2592
 # @@protoc_insertion_point(module_scope)

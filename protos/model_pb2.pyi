@@ -54,7 +54,7 @@ class Trial(_message.Message):
     def __init__(self, largest_difference: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("version", "federation", "name", "sequence", "model_version", "plaintext_digest", "plaintext_size", "ciphertext_digest", "ciphertext_size", "key_commitment", "parent", "run_id", "round", "epsilon", "delta", "evaluation", "created", "expires", "files", "trial")
+    __slots__ = ("version", "federation", "name", "sequence", "model_version", "plaintext_digest", "plaintext_size", "ciphertext_digest", "ciphertext_size", "key_commitment", "parent", "run_id", "round", "epsilon", "delta", "evaluation", "created", "expires", "files", "trial", "kem")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class Manifest(_message.Message):
     EXPIRES_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     TRIAL_FIELD_NUMBER: _ClassVar[int]
+    KEM_FIELD_NUMBER: _ClassVar[int]
     version: int
     federation: bytes
     name: str
@@ -95,7 +96,8 @@ class Manifest(_message.Message):
     expires: int
     files: _containers.RepeatedCompositeFieldContainer[PackagedFile]
     trial: Trial
-    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., name: _Optional[str] = ..., sequence: _Optional[int] = ..., model_version: _Optional[int] = ..., plaintext_digest: _Optional[bytes] = ..., plaintext_size: _Optional[int] = ..., ciphertext_digest: _Optional[bytes] = ..., ciphertext_size: _Optional[int] = ..., key_commitment: _Optional[bytes] = ..., parent: _Optional[int] = ..., run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., evaluation: _Optional[_Iterable[_Union[Measure, _Mapping]]] = ..., created: _Optional[int] = ..., expires: _Optional[int] = ..., files: _Optional[_Iterable[_Union[PackagedFile, _Mapping]]] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ...) -> None: ...
+    kem: int
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., name: _Optional[str] = ..., sequence: _Optional[int] = ..., model_version: _Optional[int] = ..., plaintext_digest: _Optional[bytes] = ..., plaintext_size: _Optional[int] = ..., ciphertext_digest: _Optional[bytes] = ..., ciphertext_size: _Optional[int] = ..., key_commitment: _Optional[bytes] = ..., parent: _Optional[int] = ..., run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ..., evaluation: _Optional[_Iterable[_Union[Measure, _Mapping]]] = ..., created: _Optional[int] = ..., expires: _Optional[int] = ..., files: _Optional[_Iterable[_Union[PackagedFile, _Mapping]]] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ..., kem: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
     __slots__ = ("version", "delegation", "manifest", "chunk_digests")
@@ -120,6 +122,18 @@ class WrappedKey(_message.Message):
     index: int
     sealed: bytes
     def __init__(self, version: _Optional[int] = ..., manifest: _Optional[bytes] = ..., index: _Optional[int] = ..., sealed: _Optional[bytes] = ...) -> None: ...
+
+class Announcement(_message.Message):
+    __slots__ = ("version", "federation", "descriptor", "hybrid_key")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    HYBRID_KEY_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    federation: bytes
+    descriptor: bytes
+    hybrid_key: bytes
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., descriptor: _Optional[bytes] = ..., hybrid_key: _Optional[bytes] = ...) -> None: ...
 
 class Trusted(_message.Message):
     __slots__ = ("sequence", "manifest", "serial")

@@ -10,7 +10,6 @@ from io import BytesIO
 from propolis.secure import labels
 from propolis.secure.envelope import (
     CONTENT_KEY_BYTES,
-    OVERHEAD_BYTES,
     chunk_count,
     commit_to,
     open_content,
@@ -19,10 +18,11 @@ from propolis.secure.envelope import (
 )
 from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.identity import DIGEST_BYTES, LARGEST_INDEX
+from propolis.secure.kem import Kem, hybrid_digest, hybrid_public
 from propolis.secure.manifest import Accepted, Manifest, PackagedFile
 from propolis.secure.wire import between, sized, version_field
 
-WRAPPED_BYTES = CONTENT_KEY_BYTES + OVERHEAD_BYTES
+WRAPPED_BYTES = {kem: CONTENT_KEY_BYTES + kem.overhead for kem in Kem}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,13 @@ class WrappedKey:
 
     manifest: bytes = sized(DIGEST_BYTES)
     index: int = between(0, LARGEST_INDEX)
-    sealed: bytes = sized(WRAPPED_BYTES)
+    sealed: bytes = sized(min(WRAPPED_BYTES.values()), max(WRAPPED_BYTES.values()))
     version: int = version_field()
 
 
-def wrap_key(content_key: bytes, manifest: bytes, index: int, descriptor: bytes, hpke_key: bytes) -> WrappedKey:
+def wrap_key(
+    content_key: bytes, manifest: bytes, index: int, descriptor: bytes, public: bytes, kem: Kem = Kem.X25519
+) -> WrappedKey:
     """The content key for one device.
 
     Args:
@@ -43,12 +45,13 @@ def wrap_key(content_key: bytes, manifest: bytes, index: int, descriptor: bytes,
         manifest: `Release.digest` of the package.
         index: of the device in the roster.
         descriptor: digest of the device's, 32 bytes.
-        hpke_key: of the device, public.
+        public: key of the device, of this kind.
+        kem: that the manifest says.
 
     Raises:
         PeerError: the public key is none.
     """
-    return WrappedKey(manifest, index, seal(content_key, hpke_key, _wrapping(manifest, descriptor)))
+    return WrappedKey(manifest, index, seal(content_key, public, _wrapping(manifest, descriptor, public, kem), kem))
 
 
 def unwrap_key(wrapped: WrappedKey, accepted: Accepted, descriptor: bytes, private: bytes) -> bytes:
@@ -58,15 +61,20 @@ def unwrap_key(wrapped: WrappedKey, accepted: Accepted, descriptor: bytes, priva
         wrapped: for this device.
         accepted: the release that it belongs to.
         descriptor: digest of this device's, 32 bytes.
-        private: this device's HPKE key.
+        private: this device's key, of the kind that the manifest says.
 
     Raises:
-        TrustError: it is for another package or another device, or another key than the manifest commits to.
+        TrustError: it is for another package or another device, sealed in another way than the manifest says, or
+            another key than the manifest commits to.
     """
+    kem = Kem(accepted.manifest.kem)
     if wrapped.manifest != accepted.digest:
         raise TrustError(Refusal.PACKAGE, "the key is for another package")
+    if len(wrapped.sealed) != WRAPPED_BYTES[kem]:
+        raise TrustError(Refusal.PACKAGE, "the key is not sealed in the way that the manifest says")
+    public = hybrid_public(private) if kem is Kem.MLKEM768_X25519 else b""
     try:
-        content_key = open_sealed(wrapped.sealed, private, _wrapping(accepted.digest, descriptor))
+        content_key = open_sealed(wrapped.sealed, private, _wrapping(accepted.digest, descriptor, public, kem), kem)
     except PeerError:
         raise TrustError(Refusal.PACKAGE, "the key does not open: it is another device's, or damaged") from None
     if commit_to(content_key) != accepted.manifest.key_commitment:
@@ -167,5 +175,7 @@ class _Plaintext:
             raise TrustError(Refusal.PACKAGE, "there is more in the package than the manifest says")
 
 
-def _wrapping(manifest: bytes, descriptor: bytes) -> bytes:
-    return labels.joined(labels.WRAPPED_KEY, manifest, descriptor)
+def _wrapping(manifest: bytes, descriptor: bytes, public: bytes, kem: Kem) -> bytes:
+    """The context of a wrapped key; a descriptor has the device's X25519 key in it, but not its hybrid one."""
+    hybrid = () if kem is Kem.X25519 else (hybrid_digest(public),)
+    return labels.joined(labels.WRAPPED_KEY, manifest, descriptor, *hybrid)

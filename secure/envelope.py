@@ -1,7 +1,8 @@
 """Sealing to a public key, and of a large content under a symmetric one.
 
-To a key: HPKE (RFC 9180), base mode, X25519 / HKDF-SHA256 / AES-128-GCM, one message per key use. `cryptography` offers
-no associated data here, so the whole context goes into `info`.
+To a key: HPKE (RFC 9180), base mode, X25519 / HKDF-SHA256 / AES-128-GCM, one message per key use; to a hybrid key (see
+`secure/kem.py`) with AES-256-GCM, for quantum computers weaken symmetric keys too. `cryptography` offers no associated
+data here, so the whole context goes into `info`.
 
 A content: AES-256-GCM over chunks, STREAM (Hoang, Reyhanitabar, Rogaway, Vizár, CRYPTO 2015, section 7): the nonce is
 the chunk's number and whether it is the last one, so no chunk can be left out, moved, added or taken for the end.
@@ -13,16 +14,15 @@ import os
 from collections.abc import Iterable, Iterator
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
 from propolis.secure import labels
 from propolis.secure.errors import PeerError, Refusal, TrustError
+from propolis.secure.kem import X25519_BYTES, Kem, private_key, public_key
 
-KEY_BYTES = 32
-# The encapsulated key and the tag.
-OVERHEAD_BYTES = 32 + 16
+KEY_BYTES = X25519_BYTES
+OVERHEAD_BYTES = Kem.X25519.overhead
 
 CONTENT_KEY_BYTES = 32
 # Of the plaintext; a chunk of ciphertext has the tag more.
@@ -30,29 +30,33 @@ CHUNK_BYTES, TAG_BYTES = 2**18, 16
 SEALED_CHUNK_BYTES = CHUNK_BYTES + TAG_BYTES
 _COUNTER_BYTES = 11
 
-_SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_128_GCM)
+_SUITES = {
+    Kem.X25519: Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_128_GCM),
+    Kem.MLKEM768_X25519: Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM),
+}
+_NAMES = {Kem.X25519: "X25519", Kem.MLKEM768_X25519: "hybrid"}
 
 
-def seal(plaintext: bytes, public_key: bytes, info: bytes) -> bytes:
-    """Encrypt to the holder of an X25519 key; `info` binds the context and must be known to the receiver.
+def seal(plaintext: bytes, public: bytes, info: bytes, kem: Kem = Kem.X25519) -> bytes:
+    """Encrypt to the holder of a key; `info` binds the context and must be known to the receiver.
 
     Raises:
-        PeerError: the public key is not one.
+        PeerError: the public key is not one of this kind.
     """
     try:
-        return _SUITE.encrypt(plaintext, X25519PublicKey.from_public_bytes(public_key), info=info)
+        return _SUITES[kem].encrypt(plaintext, public_key(kem, public), info=info)
     except ValueError:
-        raise PeerError(Refusal.KEYS, "cannot seal to a key that is no X25519 public key") from None
+        raise PeerError(Refusal.KEYS, f"cannot seal to a key that is no {_NAMES[kem]} public key") from None
 
 
-def open_sealed(sealed: bytes, private_key: bytes, info: bytes) -> bytes:
+def open_sealed(sealed: bytes, private: bytes, info: bytes, kem: Kem = Kem.X25519) -> bytes:
     """Decrypt what `seal` made.
 
     Raises:
         PeerError: another key, another context, or not the bytes that were sealed.
     """
     try:
-        return _SUITE.decrypt(sealed, X25519PrivateKey.from_private_bytes(private_key), info=info)
+        return _SUITES[kem].decrypt(sealed, private_key(kem, private), info=info)
     except (InvalidTag, ValueError):
         raise PeerError(Refusal.SHARES, "a sealed message does not open under this key and context") from None
 

@@ -44,6 +44,8 @@ CONTENT_KEY = b"propolis/1 content key"
 CHUNKS = b"propolis/1 content chunks"
 WRAPPED_KEY = b"propolis/1 wrapped key"
 ROLLOUT = b"propolis/1 rollout"
+ANNOUNCEMENT = b"propolis/1 announced key"
+HYBRID_KEY = b"propolis/1 hybrid key"
 
 
 def digest(label: bytes, *parts: bytes | memoryview) -> bytes:

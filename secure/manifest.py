@@ -19,6 +19,7 @@ from propolis.secure import labels
 from propolis.secure.envelope import sealed_size
 from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.identity import DIGEST_BYTES, Signed, SigningKey, TrustedRoster, sign, verify
+from propolis.secure.kem import Kem
 from propolis.secure.release import LARGEST_NUMBER, LONGEST_MODEL_NAME, Delegation, is_model_name, verify_delegation
 from propolis.secure.wire import between, many, sized, version_field
 
@@ -90,6 +91,7 @@ class Manifest:
     files: tuple[PackagedFile, ...] = many(MOST_FILES)
     trial: Trial = Trial()
     version: int = version_field()
+    kem: int = between(Kem.X25519, Kem.MLKEM768_X25519, default=int(Kem.X25519), implied=True)
 
 
 @dataclass(frozen=True, slots=True)

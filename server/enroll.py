@@ -24,8 +24,17 @@ from propolis.link.enrolment import (
 )
 from propolis.link.options import listen
 from propolis.protos import link_pb2 as pb
+from propolis.secure.announcement import verify_announcement
 from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError
-from propolis.secure.identity import Descriptor, Invitation, descriptor_digest, verify_descriptor, verify_invitation
+from propolis.secure.identity import (
+    Descriptor,
+    Invitation,
+    Signed,
+    descriptor_digest,
+    verify_descriptor,
+    verify_invitation,
+)
+from propolis.secure.kem import has_hybrid
 from propolis.secure.wire import FORMAT_VERSION, encode, parse, read, serialized
 from propolis.server.membership import Membership
 
@@ -78,8 +87,11 @@ class Enrolment:
         descriptor = verify_descriptor(invitation, request.descriptor)
         require_proof(descriptor, request)
         self._require_in_time(invitation, request, now)
+        announced = _announced(descriptor, request)
         certificate = to_der(self._authority.issue_for_device(request.signing_request, _name(descriptor, request), now))
         self._membership.admit(invitation.index, request.descriptor)
+        if announced is not None:
+            self._membership.announce(invitation.index, announced)
         return EnrollReply(self._membership.roster.signed, certificate, self._link_address)
 
     def _invitation(self, request: EnrollRequest, now: float) -> Invitation:
@@ -100,6 +112,14 @@ class Enrolment:
         """Refuse an expired invitation; a device that is in, and did not hear so, may ask again."""
         if invitation.expired(now) and self._membership.enrolled(invitation.index) != request.descriptor:
             raise TrustError(Refusal.IDENTITY, f"the invitation of {invitation.name} has expired: ask for a new one")
+
+
+def _announced(descriptor: Descriptor, request: EnrollRequest) -> Signed | None:
+    """The announcement of a hybrid key, which must hold before its device is let in, where this machine can tell."""
+    if request.announcement is None or not has_hybrid():
+        return None
+    verify_announcement(descriptor, descriptor_digest(request.descriptor), request.announcement)
+    return request.announcement
 
 
 def _name(descriptor: Descriptor, request: EnrollRequest) -> DeviceName:

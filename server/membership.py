@@ -9,6 +9,7 @@ from pathlib import Path
 
 from propolis.link.certificates import DeviceName
 from propolis.protos import identity_pb2 as pb
+from propolis.secure.announcement import verify_announcement
 from propolis.secure.errors import PropolisError, Refusal, TrustError, UsageError
 from propolis.secure.identity import Signed, TrustedRoster, descriptor_digest
 from propolis.secure.wire import decode, encode
@@ -16,6 +17,7 @@ from propolis.server.roster import ROSTER_FILE, load_root, load_roster_of
 from propolis.storage import locked, remove_stale, stamp_of, write_atomically
 
 ENROLLED_FOLDER = "enrolled"
+_ANNOUNCED_SUFFIX = ".hybrid"
 _LARGEST_DESCRIPTOR = 4096
 # Another server on the same folder holds it for one write; this one's devices wait meanwhile.
 _LOCK_FILE, _LOCK_S = ".lock", 5.0
@@ -132,10 +134,47 @@ class Membership:
                 f"the token was used before, by another device: place {index} is taken. If that was not you, revoke it",
             )
 
+    def announce(self, index: int, signed: Signed) -> None:
+        """Keep, for good, the hybrid key that a device has announced; the same one again changes nothing.
+
+        A device has one for life. Were another one taken later, who has a device's signing key could have what is
+        released from then on sealed to a key of his own.
+
+        Raises:
+            TrustError: it is not a member's, not signed by the device that enrolled, or another one than was kept.
+            PeerError: it is malformed.
+            UsageError: what was kept cannot be read, or there is no ML-KEM on this machine.
+            StorageError: it could not be kept.
+        """
+        self.roster.require_member(index)
+        descriptor = self.enrolled(index)
+        if descriptor is None:
+            raise TrustError(Refusal.IDENTITY, f"device {index} has not enrolled with this server")
+        verify_announcement(self.roster.descriptor(descriptor), descriptor_digest(descriptor), signed)
+        path = _announced_path(self._folder, index)
+        with locked(self._folder / ENROLLED_FOLDER / _LOCK_FILE, _LOCK_S):
+            before = self.announced(index)
+            if before is None:
+                remove_stale(path)
+                write_atomically(path, encode(signed, pb.Signed), mode=0o600)
+                _log.info("device %d has announced a hybrid key", index)
+        if before is not None and before.payload != signed.payload:
+            raise TrustError(
+                Refusal.KEYS,
+                f"device {index} has announced another hybrid key before, and may have one: enrol it anew",
+            )
+
+    def announced(self, index: int) -> Signed | None:
+        """What a device has announced, if it has, for `verify_announcement`; raises UsageError when it is damaged."""
+        return _read_signed(_announced_path(self._folder, index))
+
 
 def read_enrolled(folder: Path, index: int) -> Signed | None:
     """The descriptor that a device enrolled with, if it has; raises UsageError when the file is damaged."""
-    path = _path(folder, index)
+    return _read_signed(_path(folder, index))
+
+
+def _read_signed(path: Path) -> Signed | None:
     try:
         return decode(Signed, path.read_bytes(), pb.Signed, _LARGEST_DESCRIPTOR)
     except FileNotFoundError:
@@ -148,3 +187,7 @@ def read_enrolled(folder: Path, index: int) -> Signed | None:
 
 def _path(folder: Path, index: int) -> Path:
     return folder / ENROLLED_FOLDER / str(index)
+
+
+def _announced_path(folder: Path, index: int) -> Path:
+    return folder / ENROLLED_FOLDER / f"{index}{_ANNOUNCED_SUFFIX}"

@@ -67,6 +67,9 @@ def seal(
     passphrase_file: Annotated[
         Path | None, typer.Option("--passphrase-file", help="File with the passphrase of the release key.")
     ] = None,
+    post_quantum: Annotated[
+        bool, typer.Option("--post-quantum", help="Seal to the devices' ML-KEM keys; who has none is left out.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Sign a model, and encrypt it for the devices that have enrolled."""
@@ -98,11 +101,17 @@ def seal(
     recipients = recipients_of(membership)
     trust = Trust(membership.root_key, membership.roster)
     key = load_release_key(release_key, passphrase_of(passphrase_file))
-    sealed = seal_package(files, facts, key, recipients, trust, out)
+    sealed = seal_package(files, facts, key, recipients, trust, out, post_quantum=post_quantum)
+    able = [one for one in recipients if not post_quantum or one.hybrid_key is not None]
+    entries = membership.roster.roster.entries
+    left_out = [entries[one.index].name for one in recipients if one not in able]
     if as_json:
-        typer.echo(json.dumps(_as_json(sealed.manifest) | {"devices": [one.index for one in recipients]}))
+        told = {"devices": [one.index for one in able], "left_out": left_out}
+        typer.echo(json.dumps(_as_json(sealed.manifest) | told))
         return
-    typer.echo(f"release {sequence} of {name} for {len(recipients)} devices: {out} and {out}.keys")
+    typer.echo(f"release {sequence} of {name} for {len(able)} devices: {out} and {out}.keys")
+    if left_out:
+        typer.echo(f"left out, for they have announced no post-quantum key: {', '.join(left_out)}")
 
 
 @package_app.command("verify")
@@ -165,6 +174,7 @@ def _as_json(manifest: Manifest) -> dict[str, Any]:
         "epsilon": manifest.epsilon,
         "delta": manifest.delta,
         "evaluation": {measure.name: measure.value for measure in manifest.evaluation},
+        "kem": _kem(manifest.kem),
         "created": manifest.created,
         "expires": manifest.expires,
         "files": [{"name": file.name, "size": file.size, "kind": _kind(file.kind)} for file in manifest.files],
@@ -175,6 +185,12 @@ def _kind(number: int) -> str:
     from propolis.secure.manifest import Kind
 
     return Kind(number).name.lower() if number in set(Kind) else str(number)
+
+
+def _kem(number: int) -> str:
+    from propolis.secure.kem import Kem
+
+    return Kem(number).name.lower()
 
 
 def _run_id(text: str) -> bytes:

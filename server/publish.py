@@ -15,10 +15,12 @@ from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from propolis.package import Header, write_keys
+from propolis.secure.announcement import verify_announcement
 from propolis.secure.content import WrappedKey, ciphertext_digest, content_context, wrap_key
 from propolis.secure.envelope import chunk_count, commit_to, new_content_key, seal_content, sealed_size
 from propolis.secure.errors import RefusedError, StorageError, UsageError
 from propolis.secure.identity import descriptor_digest
+from propolis.secure.kem import Kem
 from propolis.secure.manifest import (
     LARGEST_PLAINTEXT,
     Expected,
@@ -72,11 +74,26 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Recipient:
-    """A device that a package is for: its place, the digest of its descriptor and its HPKE key."""
+    """A device that a package is for.
+
+    Attributes:
+        index: its place in the roster.
+        descriptor: digest of its descriptor.
+        hpke_key: in that descriptor, X25519.
+        hybrid_key: that it has announced; None where it has not.
+    """
 
     index: int
     descriptor: bytes
     hpke_key: bytes
+    hybrid_key: bytes | None = None
+
+    def key_for(self, kem: Kem) -> bytes:
+        """What a content key is sealed to; raises UsageError where the device has no such key."""
+        key = self.hpke_key if kem is Kem.X25519 else self.hybrid_key
+        if key is None:
+            raise UsageError(f"device {self.index} has announced no post-quantum key: it cannot be given this package")
+        return key
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -88,17 +105,21 @@ class Sealed:
     content_key: bytes
 
     def wrap(self, recipient: Recipient) -> WrappedKey:
-        """The content key for a device."""
-        digest = self.release.digest
-        return wrap_key(self.content_key, digest, recipient.index, recipient.descriptor, recipient.hpke_key)
+        """The content key for a device, sealed as the manifest says.
+
+        Raises:
+            UsageError: that is with a hybrid key, and the device has announced none.
+        """
+        kem, digest = Kem(self.manifest.kem), self.release.digest
+        return wrap_key(self.content_key, digest, recipient.index, recipient.descriptor, recipient.key_for(kem), kem)
 
 
 def recipients_of(membership: Membership) -> list[Recipient]:
     """The devices that have enrolled and are not revoked.
 
     Raises:
-        TrustError: a descriptor is not what the roster stands for.
-        UsageError: a descriptor cannot be read.
+        TrustError: a descriptor is not what the roster stands for, or a hybrid key not what its device announced.
+        UsageError: a descriptor or a hybrid key cannot be read.
     """
     places = range(len(membership.roster.roster.entries))
     return [found for index in places if (found := recipient_of(membership, index)) is not None]
@@ -110,7 +131,10 @@ def recipient_of(membership: Membership, index: int) -> Recipient | None:
     signed = None if entry.revoked else membership.enrolled(index)
     if signed is None:
         return None
-    return Recipient(index, descriptor_digest(signed), membership.roster.descriptor(signed).hpke_key)
+    descriptor, digest = membership.roster.descriptor(signed), descriptor_digest(signed)
+    announced = membership.announced(index)
+    hybrid_key = None if announced is None else verify_announcement(descriptor, digest, announced)
+    return Recipient(index, digest, descriptor.hpke_key, hybrid_key)
 
 
 def seal_package(
@@ -120,6 +144,8 @@ def seal_package(
     recipients: Sequence[Recipient],
     trust: Trust,
     out: Path,
+    *,
+    post_quantum: bool = False,
 ) -> Sealed:
     """Write a package, and beside it, with ``.keys`` added to its name, the keys of the devices.
 
@@ -130,31 +156,43 @@ def seal_package(
         recipients: who can open it.
         trust: of the devices: what they would refuse is not written.
         out: a file that does not exist yet.
+        post_quantum: seal to the devices' hybrid keys; who has announced none is left out.
 
     Raises:
-        UsageError: a file cannot be read or packed, `out` is taken, or devices would refuse the package.
+        UsageError: a file cannot be read or packed, `out` is taken, devices would refuse the package, or no device has
+            a hybrid key where they are wanted.
         StorageError: it could not be written.
     """
     require_model_name(facts.name)
     if out.exists():
         raise UsageError(f"{out} exists: a release is never changed, give another --out")
+    kem = Kem.MLKEM768_X25519 if post_quantum else Kem.X25519
+    if post_quantum:
+        recipients = _with_hybrid_key(recipients)
     plaintext = Plaintext(files)
     federation, content_key = trust.roster.roster.federation, new_content_key()
     context = content_context(federation, facts.name, facts.sequence, plaintext.digest)
     try:
         with TemporaryFile(dir=out.parent) as spool:
             chunk_digests = _encrypt(plaintext, content_key, context, spool)
-            manifest = _manifest(facts, federation, plaintext, commit_to(content_key), chunk_digests)
+            manifest = _manifest(facts, federation, plaintext, commit_to(content_key), chunk_digests, kem)
             release = Release(release_key.delegation, sign_manifest(manifest, release_key.key))
             _require_acceptable(release, trust, facts)
             sealed = Sealed(release, manifest, content_key)
             keys = (sealed.wrap(recipient) for recipient in sorted(recipients, key=lambda one: one.index))
-            write_keys(out.with_name(out.name + KEYS_SUFFIX), release.digest, keys)
+            write_keys(out.with_name(out.name + KEYS_SUFFIX), release.digest, keys, kem)
             header = Header(release.delegation, release.manifest, chunk_digests)
             write_atomically(out, chain((header.framed,), _rewound(spool)))
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}") from None
     return sealed
+
+
+def _with_hybrid_key(recipients: Sequence[Recipient]) -> list[Recipient]:
+    able = [recipient for recipient in recipients if recipient.hybrid_key is not None]
+    if not able:
+        raise UsageError("no device has announced a post-quantum key yet: seal without --post-quantum")
+    return able
 
 
 def _encrypt(plaintext: Plaintext, content_key: bytes, context: bytes, spool: BinaryIO) -> bytes:
@@ -171,7 +209,9 @@ def _rewound(spool: BinaryIO) -> Iterator[bytes]:
     return iter(lambda: spool.read(_COPIED_BYTES), b"")
 
 
-def _manifest(facts: Facts, federation: bytes, plaintext: Plaintext, commitment: bytes, digests: bytes) -> Manifest:
+def _manifest(
+    facts: Facts, federation: bytes, plaintext: Plaintext, commitment: bytes, digests: bytes, kem: Kem
+) -> Manifest:
     return Manifest(
         federation=federation,
         name=facts.name,
@@ -192,6 +232,7 @@ def _manifest(facts: Facts, federation: bytes, plaintext: Plaintext, commitment:
         expires=facts.expires,
         files=plaintext.files,
         trial=facts.trial,
+        kem=int(kem),
     )
 
 

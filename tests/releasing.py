@@ -15,8 +15,10 @@ from propolis.client.state import FileStore
 from propolis.package import Header, Package, read_key
 from propolis.protos import model_pb2
 from propolis.secure import labels
+from propolis.secure.announcement import announce
 from propolis.secure.content import WrappedKey
 from propolis.secure.identity import Root, Roster, Signed, SigningKey, TrustedRoster, descriptor_digest, sign
+from propolis.secure.kem import hybrid_key
 from propolis.secure.manifest import Kind, Manifest, Trial, Trust, sign_manifest
 from propolis.secure.release import delegate
 from propolis.secure.secagg.device_state import DeviceState
@@ -51,6 +53,7 @@ class Publisher:
         for index in range(self.devices):
             self.roster, invitation, key = self.root.invite(self.roster, f"device-{index}")
             self.states.append(DeviceState.enrolled(self.root.public_key, invitation, key))
+        self.hybrid = [hybrid_key() for _ in self.states]
         self.key = release_key(self.root)
         self.count = 0
 
@@ -65,9 +68,14 @@ class Publisher:
     @property
     def recipients(self) -> list[Recipient]:
         return [
-            Recipient(index, descriptor_digest(state.descriptor), state.own_descriptor.hpke_key)
+            Recipient(index, descriptor_digest(state.descriptor), state.own_descriptor.hpke_key, self.hybrid[index][1])
             for index, state in enumerate(self.states)
         ]
+
+    def announcement(self, index: int = 0) -> Signed:
+        """A device's hybrid key in its own words."""
+        state = self.states[index]
+        return announce(state.signing_key, self.root.federation, state.descriptor, self.hybrid[index][1])
 
     def seal(self, sequence: int = 1, files: dict[str, tuple[bytes, Kind]] = FILES, **changes: Any) -> Path:
         """A new package in a file of its own, with its keys beside it."""
@@ -79,6 +87,8 @@ class Publisher:
         files: dict[str, tuple[bytes, Kind]] = FILES,
         key: ReleaseKey | None = None,
         recipients: list[Recipient] | None = None,
+        *,
+        post_quantum: bool = False,
         **facts: Any,
     ) -> tuple[Path, Sealed]:
         self.count += 1
@@ -90,11 +100,13 @@ class Publisher:
         told = {"name": "digits", "created": NOW, "expires": NOW + DAY_S, "trial": Trial(1e-3, 5.0), **facts}
         out = home / "package"
         chosen = self.recipients if recipients is None else recipients
-        return out, seal_package(plain, Facts(sequence=sequence, **told), key or self.key, chosen, self.trust, out)
+        given, by = Facts(sequence=sequence, **told), key or self.key
+        return out, seal_package(plain, given, by, chosen, self.trust, out, post_quantum=post_quantum)
 
     def keyholder(self, index: int = 0) -> Keyholder:
         """A device that has just seen the newest roster."""
-        return Keyholder.of(replace(self.states[index], roster=self.signed_roster))
+        device = Keyholder.of(replace(self.states[index], roster=self.signed_roster))
+        return replace(device, hybrid_private=self.hybrid[index][0])
 
     def device(
         self,

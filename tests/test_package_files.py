@@ -15,6 +15,7 @@ from propolis.package import Package, read_key, write_key, write_keys
 from propolis.secure.content import WRAPPED_BYTES, WrappedKey
 from propolis.secure.envelope import SEALED_CHUNK_BYTES
 from propolis.secure.errors import PeerError, PropolisError, TrustError, UsageError
+from propolis.secure.kem import Kem
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +71,20 @@ def test_what_is_no_package_says_so_at_once(tmp_path: Path, kind: str) -> None:
         read_key(path, 0)
 
 
-@given(st.sets(st.integers(min_value=0, max_value=2**20 - 1), max_size=50), st.integers(min_value=0, max_value=2**20))
+@given(
+    st.sets(st.integers(min_value=0, max_value=2**20 - 1), max_size=50),
+    st.integers(min_value=0, max_value=2**20),
+    st.sampled_from(Kem),
+)
 @settings(deadline=None, max_examples=30)
-def test_every_device_finds_its_own_key_and_nobody_elses(indices: set[int], stranger: int) -> None:
+def test_every_device_finds_its_own_key_and_nobody_elses(indices: set[int], stranger: int, kem: Kem) -> None:
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"keys-{os.getpid()}"  # noqa: S108, of this test alone
-    keys = [WrappedKey(b"m" * 32, index, index.to_bytes(4, "big") * (WRAPPED_BYTES // 4)) for index in sorted(indices)]
+    size = WRAPPED_BYTES[kem]
+    keys = [WrappedKey(b"m" * 32, index, index.to_bytes(4, "big") * (size // 4)) for index in sorted(indices)]
     try:
-        write_keys(path, b"m" * 32, keys)
+        write_keys(path, b"m" * 32, keys, kem)
         assert [read_key(path, key.index) for key in keys] == keys
-        assert path.stat().st_size <= 46 + 84 * len(keys)
+        assert path.stat().st_size == 46 + (4 + size) * len(keys)
         if stranger not in indices:
             with pytest.raises(PeerError, match=f"no key for device {stranger}"):
                 read_key(path, stranger)
@@ -86,8 +92,30 @@ def test_every_device_finds_its_own_key_and_nobody_elses(indices: set[int], stra
         path.unlink(missing_ok=True)
 
 
-def test_one_devices_key_is_a_file_too(tmp_path: Path) -> None:
-    key = WrappedKey(b"m" * 32, 3, b"s" * WRAPPED_BYTES)
+def test_keys_of_an_unknown_kind_are_told(tmp_path: Path) -> None:
+    write_keys(tmp_path / "keys", b"m" * 32, [WrappedKey(b"m" * 32, 3, b"s" * 80)])
+    data = (tmp_path / "keys").read_bytes()
+    for kind in (0, 3, 255):
+        (tmp_path / "keys").write_bytes(data[:13] + bytes([kind]) + data[14:])
+        with pytest.raises(PeerError, match=rf"keys of a kind \({kind}\) that this version does not know"):
+            read_key(tmp_path / "keys", 3)
+
+
+def test_keys_that_are_cut_anywhere_are_a_key_or_our_error(tmp_path: Path) -> None:
+    keys = [WrappedKey(b"m" * 32, index, bytes([index]) * 1168) for index in range(3)]
+    write_keys(tmp_path / "keys", b"m" * 32, keys, Kem.MLKEM768_X25519)
+    data = (tmp_path / "keys").read_bytes()
+    for length in range(0, len(data), 7):
+        (tmp_path / "keys").write_bytes(data[:length])
+        if length >= 46 + 2 * 1172:
+            assert read_key(tmp_path / "keys", 1) == keys[1]
+        with pytest.raises(PeerError):
+            read_key(tmp_path / "keys", 2)
+
+
+@pytest.mark.parametrize("kem", Kem)
+def test_one_devices_key_is_a_file_too(tmp_path: Path, kem: Kem) -> None:
+    key = WrappedKey(b"m" * 32, 3, b"s" * WRAPPED_BYTES[kem])
     write_key(tmp_path / "key", key)
     assert read_key(tmp_path / "key", 3) == key
     with pytest.raises(PeerError, match="no key for device 4"):

@@ -1,7 +1,8 @@
 """Packages in files: what the server writes and a device reads, a chunk at a time.
 
 package     magic, length of the header (4 bytes), header (`Header` of protos/model.proto), ciphertext
-keys        magic, digest of the manifest, then for each device, by rising index: index (4 bytes), sealed key (80 bytes)
+keys        magic, kem (1 byte, as in the manifest), digest of the manifest, then for each device, by rising index:
+            index (4 bytes), sealed key (80 bytes, or 1,168 by the kem)
 one key     `WrappedKey` of protos/model.proto, which is also what travels to a device
 """
 
@@ -22,15 +23,18 @@ from propolis.secure.content import WRAPPED_BYTES, WrappedKey, checked_chunks, r
 from propolis.secure.envelope import SEALED_CHUNK_BYTES, chunk_count
 from propolis.secure.errors import PeerError, Refusal, TrustError, UsageError
 from propolis.secure.identity import DIGEST_BYTES, Signed
+from propolis.secure.kem import Kem
 from propolis.secure.manifest import LARGEST_PLAINTEXT, Manifest, Release
 from propolis.secure.wire import decode, encode, sized, version_field
 from propolis.storage import write_atomically
 
-_MAGIC, _KEYS_MAGIC = b"propolis package\x01", b"propolis keys\x01"
-_LENGTH, _RECORD = Struct(">I"), Struct(f">I{WRAPPED_BYTES}s")
+_MAGIC, _KEYS_MAGIC = b"propolis package\x01", b"propolis keys"
+_LENGTH = Struct(">I")
+_RECORDS = {kem: Struct(f">I{size}s") for kem, size in WRAPPED_BYTES.items()}
+_KEYS_HEAD = len(_KEYS_MAGIC) + 1 + DIGEST_BYTES
 # The digests of the chunks of the largest content, and room for the two signed statements.
 _LARGEST_HEADER = DIGEST_BYTES * chunk_count(LARGEST_PLAINTEXT) + 2**18
-_LARGEST_KEY = 1024
+_LARGEST_KEY = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +115,10 @@ class Package:
             yield cls(file, path.name)
 
 
-def write_keys(path: Path, manifest: bytes, keys: Iterable[WrappedKey]) -> None:
-    """Write the keys of all devices, which come by rising index; raises StorageError."""
-    records = (_RECORD.pack(key.index, key.sealed) for key in keys)
-    write_atomically(path, chain((_KEYS_MAGIC + manifest,), records))
+def write_keys(path: Path, manifest: bytes, keys: Iterable[WrappedKey], kem: Kem = Kem.X25519) -> None:
+    """Write the keys of all devices, which come by rising index and are sealed with `kem`; raises StorageError."""
+    records = (_RECORDS[kem].pack(key.index, key.sealed) for key in keys)
+    write_atomically(path, chain((_KEYS_MAGIC + bytes([kem]) + manifest,), records))
 
 
 def write_key(path: Path, key: WrappedKey) -> None:
@@ -135,10 +139,10 @@ def read_key(path: Path, index: int, *, follow: bool = True) -> WrappedKey:
         PeerError: it is no such file, or has no key for this device.
     """
     with _opened(path, follow) as file:
-        begin = _read(file, len(_KEYS_MAGIC) + DIGEST_BYTES)
-        if begin.startswith(_KEYS_MAGIC) and len(begin) == len(_KEYS_MAGIC) + DIGEST_BYTES:
-            sealed = _find(file, len(begin), index)
-            key = None if sealed is None else WrappedKey(begin[len(_KEYS_MAGIC) :], index, sealed)
+        begin = _read(file, _KEYS_HEAD)
+        if begin.startswith(_KEYS_MAGIC) and len(begin) == _KEYS_HEAD:
+            sealed = _find(file, _record_in(begin, path.name), index)
+            key = None if sealed is None else WrappedKey(begin[-DIGEST_BYTES:], index, sealed)
         else:
             key = decode(WrappedKey, begin + _read(file, _LARGEST_KEY), pb.WrappedKey, _LARGEST_KEY)
     if key is None or key.index != index:
@@ -149,19 +153,27 @@ def read_key(path: Path, index: int, *, follow: bool = True) -> WrappedKey:
 def manifest_of_keys(path: Path) -> bytes:
     """Digest of the manifest that the keys in a file are for; raises UsageError, or PeerError where it is none."""
     with _opened(path, follow=True) as file:
-        begin = _read(file, len(_KEYS_MAGIC) + DIGEST_BYTES)
-    if not begin.startswith(_KEYS_MAGIC) or len(begin) != len(_KEYS_MAGIC) + DIGEST_BYTES:
+        begin = _read(file, _KEYS_HEAD)
+    if not begin.startswith(_KEYS_MAGIC) or len(begin) != _KEYS_HEAD:
         raise PeerError(Refusal.MALFORMED, f"{path.name} has no keys of a package")
-    return begin[len(_KEYS_MAGIC) :]
+    return begin[-DIGEST_BYTES:]
 
 
-def _find(file: BinaryIO, begin: int, index: int) -> bytes | None:
+def _record_in(begin: bytes, name: str) -> Struct:
+    """The form of the records in a file of keys that begins so."""
+    kem = begin[len(_KEYS_MAGIC)]
+    if kem not in set(Kem):
+        raise PeerError(Refusal.MALFORMED, f"{name} has keys of a kind ({kem}) that this version does not know")
+    return _RECORDS[Kem(kem)]
+
+
+def _find(file: BinaryIO, record: Struct, index: int) -> bytes | None:
     """Binary search: a few reads, however many devices there are."""
-    low, high = 0, (os.fstat(file.fileno()).st_size - begin) // _RECORD.size
+    low, high = 0, (os.fstat(file.fileno()).st_size - _KEYS_HEAD) // record.size
     while low < high:
         middle = (low + high) // 2
-        file.seek(begin + middle * _RECORD.size)
-        found, sealed = _RECORD.unpack(_read(file, _RECORD.size))
+        file.seek(_KEYS_HEAD + middle * record.size)
+        found, sealed = record.unpack(_read(file, record.size))
         if found == index:
             return bytes(sealed)
         low, high = (middle + 1, high) if found < index else (low, middle)

@@ -383,7 +383,8 @@ def test_an_answer_that_does_not_hold_is_not_kept(
     with serving(site, enrolment=Recorded(site, lie)) as address, pytest.raises(UsageError) as told:
         enroll(enrolling(address, token, folder))
     assert line in str(told.value)
-    assert sorted(path.name for path in folder.iterdir()) == ["device.lock", "device.state", "enroll.lock", "tls.key"]
+    kept = ["device.lock", "device.state", "enroll.lock", "hybrid.key", "tls.key"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
     with serving(site) as address:  # and a server that does not lie is still believed
         enroll(enrolling(address, token, folder))
 

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from enrolling import DAY_S, HOUR_S, Site, enrolling, serving
 
 from propolis.client.enroll import SETTINGS_FILE, enroll
+from propolis.client.hybrid import announcement_of
 from propolis.client.seal import Seal
 from propolis.client.state import LOCK_FILE, STATE_FILE, FileStore
 from propolis.link.address import Address
@@ -71,6 +72,7 @@ def test_a_device_joins_with_its_token(site: Site, server: Address, folder: Path
         LOCK_FILE: 0o600,
         "enroll.lock": 0o600,
         "tls.key": 0o600,
+        "hybrid.key": 0o600,
         "tls.pem": 0o644,
         "ca.pem": 0o644,
         SETTINGS_FILE: 0o644,
@@ -133,7 +135,7 @@ def test_killed_at_any_write_the_same_token_gives_one_whole_member(site: Site, s
         done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode in (0, 9), done.stderr
         has_joined = (folder / SETTINGS_FILE).exists()
-        assert has_joined == (number > 6)
+        assert has_joined == (number > 7)
         if has_joined:
             with pytest.raises(UsageError, match="is enrolled already"):
                 enroll(enrolling(server, token, folder))
@@ -141,10 +143,12 @@ def test_killed_at_any_write_the_same_token_gives_one_whole_member(site: Site, s
             enroll(enrolling(server, token, folder))
         site.membership.require(DeviceName.of(load_tls(folder).certificate))
         assert fault_of(load_tls(folder), time.time()) is None
-        assert state_in(folder).descriptor == site.membership.enrolled(state_in(folder).index)
+        index = state_in(folder).index
+        assert state_in(folder).descriptor == site.membership.enrolled(index)
+        assert announcement_of(folder) == site.membership.announced(index)
         if done.returncode == 0:
             break
-    assert number == 8  # state, key, authority, certificate, roster, settings, after them, and not at all
+    assert number == 9  # state, two keys, authority, certificate, roster, settings, after them, and not at all
 
 
 def test_an_answer_that_was_lost_is_asked_for_again(site: Site, server: Address, folder: Path) -> None:

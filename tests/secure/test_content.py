@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from propolis.protos import model_pb2
+from propolis.secure import labels
 from propolis.secure.content import (
     WRAPPED_BYTES,
     WrappedKey,
@@ -21,9 +22,18 @@ from propolis.secure.content import (
     unwrap_key,
     wrap_key,
 )
-from propolis.secure.envelope import CHUNK_BYTES, chunk_count, commit_to, new_content_key, seal_content, sealed_size
+from propolis.secure.envelope import (
+    CHUNK_BYTES,
+    chunk_count,
+    commit_to,
+    new_content_key,
+    seal,
+    seal_content,
+    sealed_size,
+)
 from propolis.secure.errors import Refusal, TrustError
 from propolis.secure.identity import agreement_key
+from propolis.secure.kem import Kem, hybrid_key
 from propolis.secure.manifest import Accepted, Kind, Manifest, PackagedFile
 from propolis.secure.wire import decode, encode
 
@@ -96,20 +106,57 @@ def test_all_chunks_come_or_the_last_one_is_missed() -> None:
         require_chunk_digests(replace(manifest, ciphertext_digest=ciphertext_digest(digests[:32])), digests[:32])
 
 
-def test_a_key_opens_for_one_device_one_manifest_and_one_commitment() -> None:
-    private, public = agreement_key()
-    manifest, _ = packed([b"content"])
+NEW_KEY = {Kem.X25519: agreement_key, Kem.MLKEM768_X25519: hybrid_key}
+
+
+@pytest.mark.parametrize(("kem", "size"), [(Kem.X25519, 80), (Kem.MLKEM768_X25519, 1168)])
+def test_a_key_opens_for_one_device_one_manifest_and_one_commitment(kem: Kem, size: int) -> None:
+    private, public = NEW_KEY[kem]()
+    manifest = replace(packed([b"content"])[0], kem=int(kem))
     accepted = Accepted(manifest, b"m" * 32, 1)
-    wrapped = wrap_key(KEY, accepted.digest, 7, b"d" * 32, public)
+    wrapped = wrap_key(KEY, accepted.digest, 7, b"d" * 32, public, kem)
     assert unwrap_key(wrapped, accepted, b"d" * 32, private) == KEY
     assert decode(WrappedKey, encode(wrapped, model_pb2.WrappedKey), model_pb2.WrappedKey) == wrapped
-    assert len(wrapped.sealed) == WRAPPED_BYTES == 80
+    assert len(wrapped.sealed) == WRAPPED_BYTES[kem] == size
     for other, descriptor, key in [
         (replace(accepted, digest=b"n" * 32), b"d" * 32, private),
         (accepted, b"e" * 32, private),
-        (accepted, b"d" * 32, agreement_key()[0]),
+        (accepted, b"d" * 32, NEW_KEY[kem]()[0]),
         (replace(accepted, manifest=replace(manifest, key_commitment=bytes(32))), b"d" * 32, private),
     ]:
         with pytest.raises(TrustError) as caught:
             unwrap_key(wrapped, other, descriptor, key)
         assert caught.value.refusal is Refusal.PACKAGE
+
+
+def test_a_key_is_sealed_in_the_way_that_the_manifest_says() -> None:
+    """Also where its size fits, and where the device has both keys: neither kind passes for the other."""
+    keys = {kem: NEW_KEY[kem]() for kem in Kem}
+    manifest, _ = packed([b"content"])
+    for said, other in ((Kem.X25519, Kem.MLKEM768_X25519), (Kem.MLKEM768_X25519, Kem.X25519)):
+        accepted = Accepted(replace(manifest, kem=int(said)), b"m" * 32, 1)
+        wrapped = wrap_key(KEY, accepted.digest, 7, b"d" * 32, keys[other][1], other)
+        with pytest.raises(TrustError, match="not sealed in the way that the manifest says"):
+            unwrap_key(wrapped, accepted, b"d" * 32, keys[said][0])
+        fitted = replace(wrapped, sealed=wrapped.sealed.ljust(WRAPPED_BYTES[said], b"\0")[: WRAPPED_BYTES[said]])
+        with pytest.raises(TrustError, match="does not open"):
+            unwrap_key(fitted, accepted, b"d" * 32, keys[said][0])
+
+
+def test_a_hybrid_key_that_is_cut_or_lengthened_does_not_open() -> None:
+    private, public = hybrid_key()
+    accepted = Accepted(replace(packed([b"content"])[0], kem=2), b"m" * 32, 1)
+    wrapped = wrap_key(KEY, accepted.digest, 7, b"d" * 32, public, Kem.MLKEM768_X25519)
+    for sealed in (wrapped.sealed[:-1], wrapped.sealed[1:], wrapped.sealed + b"\0", wrapped.sealed[:80], b""):
+        with pytest.raises(TrustError, match="not sealed in the way"):
+            unwrap_key(replace(wrapped, sealed=sealed), accepted, b"d" * 32, private)
+
+
+def test_a_wrapped_key_is_bound_to_the_digest_of_the_hybrid_key() -> None:
+    """A descriptor does not hold the hybrid key, so what it is sealed to is said in the context too."""
+    private, public = hybrid_key()
+    accepted = Accepted(replace(packed([b"content"])[0], kem=2), b"m" * 32, 1)
+    unbound = labels.joined(labels.WRAPPED_KEY, accepted.digest, b"d" * 32)
+    wrapped = WrappedKey(accepted.digest, 7, seal(KEY, public, unbound, Kem.MLKEM768_X25519))
+    with pytest.raises(TrustError, match="does not open"):
+        unwrap_key(wrapped, accepted, b"d" * 32, private)

@@ -21,6 +21,7 @@ from propolis.secure.envelope import (
 )
 from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.identity import agreement_key
+from propolis.secure.kem import Kem, hybrid_key, hybrid_public
 
 PRIVATE, PUBLIC = agreement_key()
 
@@ -83,6 +84,71 @@ def test_what_is_no_key_is_not_sealed_to(key: bytes) -> None:
     with pytest.raises(PeerError, match="no X25519 public key") as caught:
         seal(b"secret", key, b"info")
     assert caught.value.refusal is Refusal.KEYS
+
+
+# To a hybrid key.
+
+HYBRID = Kem.MLKEM768_X25519
+HYBRID_PRIVATE, HYBRID_PUBLIC = hybrid_key()
+
+
+def assert_hybrid_closed(sealed: bytes, private: bytes = HYBRID_PRIVATE, info: bytes = b"info") -> None:
+    with pytest.raises(PeerError, match="does not open"):
+        open_sealed(sealed, private, info, HYBRID)
+
+
+def test_what_is_sealed_to_a_hybrid_key_opens_with_it_and_in_its_context_only() -> None:
+    sealed = seal(b"secret", HYBRID_PUBLIC, b"info", HYBRID)
+    assert len(sealed) == len(b"secret") + HYBRID.overhead == 6 + 1136
+    assert open_sealed(sealed, HYBRID_PRIVATE, b"info", HYBRID) == b"secret"
+    assert_hybrid_closed(sealed, info=b"Info")
+    assert_hybrid_closed(sealed, private=hybrid_key()[0])
+    for length in (0, 32, 48, 1087, 1088, 1120, len(sealed) - 1):
+        assert_hybrid_closed(sealed[:length])
+
+
+def test_no_bit_can_be_flipped_of_what_is_sealed_to_a_hybrid_key() -> None:
+    """ML-KEM answers a changed ciphertext with another secret, and no error (FIPS 203, algorithm 18): the tag tells."""
+    sealed = seal(b"secret", HYBRID_PUBLIC, b"info", HYBRID)
+    for place in range(len(sealed)):
+        assert_hybrid_closed(sealed[:place] + bytes([sealed[place] ^ 1 << place % 8]) + sealed[place + 1 :])
+
+
+def test_either_half_of_a_hybrid_key_alone_opens_nothing() -> None:
+    sealed, other = seal(b"secret", HYBRID_PUBLIC, b"info", HYBRID), hybrid_key()[0]
+    assert_hybrid_closed(sealed, private=HYBRID_PRIVATE[:64] + other[64:])
+    assert_hybrid_closed(sealed, private=other[:64] + HYBRID_PRIVATE[64:])
+
+
+def test_hybrid_keys_are_drawn_and_have_one_public_half() -> None:
+    private, public = hybrid_key()
+    assert (len(private), len(public)) == (96, 1216)
+    assert hybrid_public(private) == public
+    parts = [
+        private[:32],
+        private[32:64],
+        private[64:],
+        HYBRID_PRIVATE[:32],
+        HYBRID_PRIVATE[32:64],
+        HYBRID_PRIVATE[64:],
+    ]
+    assert len(set(parts)) == len(parts)
+
+
+HYBRID_WRONG = {
+    "empty": b"",
+    "short": HYBRID_PUBLIC[:-1],
+    "long": HYBRID_PUBLIC + b"\0",
+    "X25519 alone": PUBLIC,
+    "low order": HYBRID_PUBLIC[:1184] + bytes(32),
+    "not reduced": b"\xff" * 1184 + HYBRID_PUBLIC[1184:],
+}
+
+
+@pytest.mark.parametrize("key", HYBRID_WRONG.values(), ids=HYBRID_WRONG)
+def test_what_is_no_hybrid_key_is_not_sealed_to(key: bytes) -> None:
+    with pytest.raises(PeerError, match="no hybrid public key"):
+        seal(b"secret", key, b"info", HYBRID)
 
 
 # A content, in chunks.

@@ -11,6 +11,7 @@ from conftest import Command
 from enrolling import Applicant, Site
 from runnable import release
 
+from propolis.client.hybrid import announcement_of
 from propolis.client.keyholder import Keyholder
 from propolis.client.state import FileStore
 from propolis.secure.secagg.device_state import DeviceState
@@ -72,7 +73,37 @@ def test_a_model_goes_from_the_command_line_to_a_device_and_back_again(
     assert (verified.returncode, "release key 1 is revoked" in verified.stderr) == (1, True)
 
 
-def enrol_on_disk(state: DeviceState, site: Site, folder: Path) -> None:
+def test_a_model_is_sealed_to_the_post_quantum_keys_of_those_who_have_one(
+    site: Site, propolis: Command, mistake: Callable[..., str], tmp_path: Path
+) -> None:
+    applicants = [Applicant(site.token(name)) for name in ("clinic", "ward")]
+    site.membership.refresh()
+    for index, applicant in enumerate(applicants):
+        site.membership.admit(index, applicant.state.descriptor)
+        enrol_on_disk(applicant.state, site, tmp_path / f"device-{index}", index)
+    (tmp_path / "model.onnx").write_bytes(b"weights")
+    assert propolis("federation", "release-key", "fed", "--out", "release.key").returncode == 0
+    seal = ("package", "seal", "--federation", "fed/server", "--release-key", "release.key", "--onnx", "model.onnx")
+    seal = (*seal, "--name", "digits", "--post-quantum", "--sequence")
+    assert "no device has announced a post-quantum key yet" in mistake(*seal, 1, "--out", "one")
+    site.membership.announce(1, announcement_of(tmp_path / "device-1"))
+
+    said = propolis(*seal, 1, "--out", "one").stdout
+    assert "for 1 devices" in said
+    assert "left out, for they have announced no post-quantum key: clinic\n" in said
+    told = json.loads(propolis(*seal, 2, "--out", "two", "--json").stdout)
+    assert (told["devices"], told["left_out"], told["kem"]) == ([1], ["clinic"], "mlkem768_x25519")
+    assert json.loads(propolis("package", "show", "two", "--json").stdout)["kem"] == "mlkem768_x25519"
+    installed = propolis("client", "install", "one", "one.keys", "--dir", "device-1")
+    assert (installed.returncode, installed.stdout) == (0, "installed: release 1 of digits\n")
+    refused = propolis("client", "install", "one", "one.keys", "--dir", "device-0")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "no key for device 0: the package is not for it" in refused.stderr
+    (tmp_path / "device-1" / "hybrid.key").unlink()
+    assert "this device has none (hybrid.key)" in mistake("client", "install", "two", "two.keys", "--dir", "device-1")
+
+
+def enrol_on_disk(state: DeviceState, site: Site, folder: Path, index: int = 0) -> None:
     state.roster = load_roster(site.server).signed
     FileStore.create(folder, state)
-    assert Keyholder.load(folder).index == 0
+    assert Keyholder.load(folder).index == index

@@ -31,6 +31,7 @@ class EnrollRequest:
         signing_request: PKCS #10, DER, with the device's TLS key.
         clock: the device's, seconds since 1970.
         proof: see `prove`.
+        announcement: of the device's hybrid key, where it has one.
     """
 
     invitation: Signed
@@ -39,6 +40,7 @@ class EnrollRequest:
     clock: int = between(0, 2**62)
     proof: bytes = sized(SIGNATURE_BYTES)
     version: int = version_field()
+    announcement: Signed | None = None
 
 
 @dataclass(frozen=True, slots=True)
