@@ -18,6 +18,7 @@ from propolis.secure import labels
 from propolis.secure.envelope import open_sealed
 from propolis.secure.errors import PeerError, Refusal
 from propolis.secure.identity import Prekey, SigningKey, sign
+from propolis.secure.kem import Kem, hybrid_public
 from propolis.secure.prg import key_stream
 from propolis.secure.secagg.masks import _derive, index_bytes, public_half
 
@@ -169,3 +170,40 @@ def test_envelope_against_rfc_9180() -> None:
     assert public_half(private) == public
     with pytest.raises(PeerError):
         open_sealed(enc + published, private, info)
+
+
+def hybrid_vector() -> dict[str, bytes]:
+    """draft-ietf-hpke-pq: base, MLKEM768-X25519, HKDF-SHA256; with ChaCha20-Poly1305, ours has AES-256-GCM."""
+    vectors = json.loads(VECTORS.joinpath("HPKE", "hpke-pq-test-vectors.json").read_text())
+    suite = {"mode": 0, "kem_id": 0x647A, "kdf_id": 1, "aead_id": 3}
+    (vector,) = (each for each in vectors if suite.items() <= each.items())
+    fields = ("enc", "skRm", "pkRm", "info", "shared_secret", "key", "base_nonce")
+    return {name: bytes.fromhex(vector[name]) for name in fields}
+
+
+def key_schedule(secret: bytes, info: bytes, aead_id: int) -> tuple[bytes, bytes]:
+    """Key and nonce of RFC 9180, section 5.1, in base mode, for a KEM secret of MLKEM768-X25519 and HKDF-SHA256."""
+    suite = b"HPKE" + b"".join(number.to_bytes(2, "big") for number in (0x647A, 1, aead_id))
+
+    def extract(salt: bytes, label: bytes, material: bytes) -> bytes:
+        return hmac.digest(salt, b"HPKE-v1" + suite + label + material, "sha256")
+
+    def expand(key: bytes, label: bytes, context: bytes, length: int) -> bytes:
+        labelled = length.to_bytes(2, "big") + b"HPKE-v1" + suite + label + context
+        return hmac.digest(key, labelled + b"\1", "sha256")[:length]
+
+    context = b"\0" + extract(b"", b"psk_id_hash", b"") + extract(b"", b"info_hash", info)
+    scheduled = extract(secret, b"secret", b"")
+    return expand(scheduled, b"key", context, 32), expand(scheduled, b"base_nonce", context, 12)
+
+
+def test_the_hybrid_envelope_against_the_drafts_vector() -> None:
+    """The vector's seed makes both halves of a key (draft-irtf-cfrg-concrete-hybrid-kems, SHAKE-256)."""
+    vector = hybrid_vector()
+    private = hashlib.shake_256(vector["skRm"]).digest(96)
+    assert hybrid_public(private) == vector["pkRm"]
+    secret, info = vector["shared_secret"], vector["info"]
+    assert key_schedule(secret, info, 3) == (vector["key"], vector["base_nonce"])
+    key, nonce = key_schedule(secret, info, 2)
+    sealed = vector["enc"] + AESGCM(key).encrypt(nonce, b"content key", b"")
+    assert open_sealed(sealed, private, info, Kem.MLKEM768_X25519) == b"content key"
