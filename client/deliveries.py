@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc.aio
 
 from propolis.client.fetch import Fetcher, NotDeliveredError
+from propolis.client.hybrid import announcement_of
 from propolis.client.incoming import Incoming, remove_others
 from propolis.client.install import LARGEST_MODEL, Installer, Status
 from propolis.client.keyholder import Keyholder
@@ -26,7 +27,7 @@ from propolis.link.certificates import Tls
 from propolis.link.delivery import Release
 from propolis.link.options import DEVICE_OPTIONS, credentials_of
 from propolis.link.rate import Rate
-from propolis.secure.errors import PropolisError, Refusal, RefusedError, TrustError
+from propolis.secure.errors import PropolisError, Refusal, RefusedError, TrustError, UsageError
 from propolis.secure.identity import trusted_roster
 from propolis.secure.manifest import Manifest
 from propolis.secure.secagg.device import Device
@@ -122,6 +123,8 @@ class Deliveries:
             fetcher = Fetcher(channel, self._rate)
             seen = await fetcher.look(await asyncio.to_thread(self._installed))
             await self._take_roster(fetcher, seen.roster)
+            if seen.announce:
+                await self._announce(fetcher)
             await asyncio.to_thread(remove_others, self._folder, [offer.manifest for offer in seen.offers])
             taken = [await self._take(fetcher, offer) for offer in seen.offers if offer.manifest not in self._refused]
             return [manifest for manifest in taken if manifest is not None]
@@ -154,6 +157,15 @@ class Deliveries:
         except TrustError as error:
             _log.warning("the server's roster is not taken: %s", error)
         self._refused.clear()
+
+    async def _announce(self, fetcher: Fetcher) -> None:
+        """Let post-quantum packages be sealed to this device; it takes the others where that does not work."""
+        try:
+            await fetcher.announce(await asyncio.to_thread(announcement_of, self._folder, self._passphrase))
+        except UsageError as error:
+            _log.info("no post-quantum key is announced: %s", error)
+        except NotDeliveredError as error:
+            _log.warning("the server does not take this device's post-quantum key: %s", error)
 
     async def _take(self, fetcher: Fetcher, release: Release) -> Manifest | None:
         """Fetch and install a release; None where it is there already, or was refused."""

@@ -13,6 +13,8 @@ import grpc
 import grpc.aio
 
 from propolis.link.delivery import (
+    AnnounceReply,
+    AnnounceRequest,
     FetchRequest,
     LookReply,
     LookRequest,
@@ -89,6 +91,10 @@ class Fetcher:
     async def look(self, installed: Sequence[Release]) -> LookReply:
         """What is on offer for this device; raises NotDeliveredError, or PeerError when the answer is malformed."""
         return await self._ask(self._stub.Look, LookRequest(tuple(installed)), pb.LookRequest, LookReply)
+
+    async def announce(self, announcement: Signed) -> None:
+        """Announce the device's hybrid key; raises as `look` does."""
+        await self._ask(self._stub.Announce, AnnounceRequest(announcement), pb.AnnounceRequest, AnnounceReply)
 
     async def open(self, release: Release) -> OpenReply:
         """The header of a package and the key to it; raises as `look` does."""

@@ -183,14 +183,30 @@ class LookRequest(_message.Message):
     def __init__(self, version: _Optional[int] = ..., installed: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
 
 class LookReply(_message.Message):
-    __slots__ = ("version", "roster", "offers")
+    __slots__ = ("version", "roster", "offers", "announce")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
     OFFERS_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
     version: int
     roster: int
     offers: _containers.RepeatedCompositeFieldContainer[Release]
-    def __init__(self, version: _Optional[int] = ..., roster: _Optional[int] = ..., offers: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
+    announce: bool
+    def __init__(self, version: _Optional[int] = ..., roster: _Optional[int] = ..., offers: _Optional[_Iterable[_Union[Release, _Mapping]]] = ..., announce: bool = ...) -> None: ...
+
+class AnnounceRequest(_message.Message):
+    __slots__ = ("version", "announcement")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    announcement: _identity_pb2.Signed
+    def __init__(self, version: _Optional[int] = ..., announcement: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ...) -> None: ...
+
+class AnnounceReply(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class RosterRequest(_message.Message):
     __slots__ = ("version",)

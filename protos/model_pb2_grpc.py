@@ -41,6 +41,11 @@ class DeliveryStub(object):
                 request_serializer=propolis_dot_protos_dot_model__pb2.LookRequest.SerializeToString,
                 response_deserializer=propolis_dot_protos_dot_model__pb2.LookReply.FromString,
                 _registered_method=True)
+        self.Announce = channel.unary_unary(
+                '/propolis.model.v1.Delivery/Announce',
+                request_serializer=propolis_dot_protos_dot_model__pb2.AnnounceRequest.SerializeToString,
+                response_deserializer=propolis_dot_protos_dot_model__pb2.AnnounceReply.FromString,
+                _registered_method=True)
         self.FetchRoster = channel.unary_stream(
                 '/propolis.model.v1.Delivery/FetchRoster',
                 request_serializer=propolis_dot_protos_dot_model__pb2.RosterRequest.SerializeToString,
@@ -70,6 +75,13 @@ class DeliveryServicer(object):
 
     def Look(self, request, context):
         """What is on offer for this device.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Announce(self, request, context):
+        """The key that post-quantum packages are sealed to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +121,11 @@ def add_DeliveryServicer_to_server(servicer, server):
                     servicer.Look,
                     request_deserializer=propolis_dot_protos_dot_model__pb2.LookRequest.FromString,
                     response_serializer=propolis_dot_protos_dot_model__pb2.LookReply.SerializeToString,
+            ),
+            'Announce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Announce,
+                    request_deserializer=propolis_dot_protos_dot_model__pb2.AnnounceRequest.FromString,
+                    response_serializer=propolis_dot_protos_dot_model__pb2.AnnounceReply.SerializeToString,
             ),
             'FetchRoster': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchRoster,
@@ -160,6 +177,33 @@ class Delivery(object):
             '/propolis.model.v1.Delivery/Look',
             propolis_dot_protos_dot_model__pb2.LookRequest.SerializeToString,
             propolis_dot_protos_dot_model__pb2.LookReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Announce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/propolis.model.v1.Delivery/Announce',
+            propolis_dot_protos_dot_model__pb2.AnnounceRequest.SerializeToString,
+            propolis_dot_protos_dot_model__pb2.AnnounceReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,8 @@ from propolis.link.certificates import DeviceName
 from propolis.link.delivery import (
     LARGEST_REQUEST,
     SERVICE,
+    AnnounceReply,
+    AnnounceRequest,
     FetchRequest,
     LookReply,
     LookRequest,
@@ -82,6 +84,7 @@ class Delivery:
             SERVICE,
             {
                 "Look": self._unary(self._look, LookRequest, pb.LookRequest, pb.LookReply),
+                "Announce": self._unary(self._announce, AnnounceRequest, pb.AnnounceRequest, pb.AnnounceReply),
                 "Open": self._unary(self._open, OpenRequest, pb.OpenRequest, pb.OpenReply),
                 "Report": self._unary(self._report, ReportRequest, pb.ReportRequest, pb.ReportReply),
                 "FetchRoster": self._stream(self._roster, RosterRequest, pb.RosterRequest),
@@ -93,7 +96,12 @@ class Delivery:
         self._shelf.look()
         for release in asked.installed:
             await self._note(release, name, Outcome.INSTALLED)
-        return LookReply(self._membership.roster.number, tuple(self._shelf.offers_for(name)))
+        unknown = await asyncio.to_thread(self._membership.announced, name.index) is None
+        return LookReply(self._membership.roster.number, tuple(self._shelf.offers_for(name)), unknown)
+
+    async def _announce(self, asked: AnnounceRequest, name: DeviceName) -> AnnounceReply:
+        await asyncio.to_thread(self._membership.announce, name.index, asked.announcement)
+        return AnnounceReply()
 
     async def _open(self, asked: OpenRequest, name: DeviceName) -> OpenReply:
         self._shelf.look()

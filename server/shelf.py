@@ -14,18 +14,19 @@ from propolis.link.certificates import DeviceName
 from propolis.link.delivery import Release
 from propolis.package import Header, Package, read_key
 from propolis.protos import model_pb2
-from propolis.secure.content import WrappedKey
+from propolis.secure.content import WrappedKey, wrap_key
 from propolis.secure.envelope import SEALED_CHUNK_BYTES, chunk_count
 from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, UsageError
+from propolis.secure.kem import Kem
 from propolis.secure.manifest import Manifest, Trust, accept_again
 from propolis.secure.wire import decode
 from propolis.server.membership import Membership
-from propolis.server.publish import KEYS_SUFFIX, Recipient, recipient_of
+from propolis.server.publish import KEYS_SUFFIX, recipient_of
 from propolis.server.rollout import Progress, Rollout, Rollouts
 from propolis.storage import stamp_of
 
-# The key of a release for a device that enrolled after it was sealed; None where this server has not the content key.
-Wrap = Callable[[bytes, Recipient], WrappedKey | None]
+# By the digest of a release's manifest; None where this server has not the content key.
+ContentKeys = Callable[[bytes], bytes | None]
 _log = logging.getLogger("propolis.server")
 
 
@@ -83,14 +84,19 @@ class Shelf:
     Args:
         folder: the server's.
         membership: who belongs to the federation.
-        wrap: makes keys for devices that enrolled later.
+        content_keys: of releases, for devices that enrolled after they were sealed.
         clock: seconds since 1970.
     """
 
     def __init__(
-        self, folder: Path, membership: Membership, wrap: Wrap | None = None, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        membership: Membership,
+        content_keys: ContentKeys = lambda _: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._rollouts, self._membership, self._wrap, self._clock = Rollouts(folder), membership, wrap, clock
+        self._rollouts, self._membership, self._clock = Rollouts(folder), membership, clock
+        self._content_keys = content_keys
         self._seen: tuple[int, int, int] | None = None
         self._complaint = ""
         self._changes = self._reported = 0
@@ -161,21 +167,21 @@ class Shelf:
             PeerError: it was not sealed for this device, and cannot be now.
             UsageError: the keys cannot be read.
         """
-        keys = offer.path.with_name(offer.path.name + KEYS_SUFFIX)
         try:
-            return read_key(keys, name.index, follow=False)
+            return read_key(offer.path.with_name(offer.path.name + KEYS_SUFFIX), name.index, follow=False)
         except PeerError:
-            recipient = recipient_of(self._membership, name.index)
-            made = (
-                None
-                if self._wrap is None or recipient is None
-                else self._wrap(offer.rollout.release.manifest, recipient)
-            )
+            made = self._made_key(offer, name)
         if made is None:
-            raise PeerError(
-                Refusal.PACKAGE, f"{offer.rollout.release} was sealed before this device enrolled: publish it again"
-            )
+            raise PeerError(Refusal.PACKAGE, f"{offer.rollout.release} was not sealed for this device: publish it anew")
         return made
+
+    def _made_key(self, offer: OnOffer, name: DeviceName) -> WrappedKey | None:
+        """A key for a device that enrolled, or announced its hybrid key, after the package was sealed."""
+        digest, kem = offer.rollout.release.manifest, Kem(offer.manifest.kem)
+        recipient, content_key = recipient_of(self._membership, name.index), self._content_keys(digest)
+        if content_key is None or recipient is None or (kem is not Kem.X25519 and recipient.hybrid_key is None):
+            return None
+        return wrap_key(content_key, digest, name.index, recipient.descriptor, recipient.key_for(kem), kem)
 
     def _begins(self, offer: OnOffer, name: DeviceName) -> bool:
         rollout = offer.rollout

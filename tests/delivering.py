@@ -32,7 +32,7 @@ from propolis.server.publish import Facts, Sealed, recipients_of, seal_package
 from propolis.server.reports import Report, Reports
 from propolis.server.rollout import Rollout, Rollouts
 from propolis.server.roster import replace_roster
-from propolis.server.shelf import Shelf, Wrap
+from propolis.server.shelf import ContentKeys, Shelf
 from propolis.simulations.federation import device_folder, make_federation
 from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
 
@@ -66,7 +66,11 @@ class Site:
         return self.sealed(sequence, files, **facts)[0]
 
     def sealed(
-        self, sequence: int = 1, files: dict[str, tuple[bytes, Kind]] = FILES, **facts: Any
+        self,
+        sequence: int = 1,
+        files: dict[str, tuple[bytes, Kind]] = FILES,
+        post_quantum: bool = False,
+        **facts: Any,
     ) -> tuple[Path, Sealed]:
         self._sealed += 1
         home = self.folder / f"sealed-{self._sealed}"
@@ -78,16 +82,23 @@ class Site:
         trust = Trust(self.membership.root_key, self.membership.roster)
         out = home / "package"
         recipients = recipients_of(self.membership)
-        return out, seal_package(plain, Facts(sequence=sequence, **told), self.key, recipients, trust, out)
+        sealed = seal_package(
+            plain, Facts(sequence=sequence, **told), self.key, recipients, trust, out, post_quantum=post_quantum
+        )
+        return out, sealed
 
     def release(self, sequence: int = 1, percent: float = 100, **changes: Any) -> Rollout:
         """Seal and hand over."""
         return self.rollouts.start(self.seal(sequence, **changes), percent)
 
     @contextmanager
-    def serving(self, rate: float = 0, wrap: Wrap | None = None, **options: Any) -> Iterator[LinkServer]:
+    def serving(
+        self, rate: float = 0, content_keys: ContentKeys = lambda _: None, **options: Any
+    ) -> Iterator[LinkServer]:
         chosen = LinkOptions(**{"listen": "127.0.0.1:0", "run_id": 7, "run_config": {}, **options})
-        delivery = Delivery(Shelf(self.server_folder, self.membership, wrap), self.membership, self.reports, rate)
+        delivery = Delivery(
+            Shelf(self.server_folder, self.membership, content_keys), self.membership, self.reports, rate
+        )
         post = Post(chosen.largest_message, Spools())
         tls = load_tls(self.server_folder)
         with LinkServer(chosen, tls, self.membership, post, delivery=delivery) as server:

@@ -270,6 +270,7 @@ def test_names_that_lead_elsewhere_lead_nowhere(site: Site, name: str, monkeypat
     trick = replace(rollout.release, name=name)
     with site.serving(), site.stub() as stub:
         assert code_of(lambda: stub.Open(message_of(OpenRequest(trick)))) is grpc.StatusCode.NOT_FOUND
+        site.look()
         monkeypatch.setattr(Shelf, "offers_for", lambda self, device: [trick])
         before = sorted(path for path in site.folder.rglob("*") if "reports" not in path.name)
         with pytest.raises(NotDeliveredError):

@@ -19,11 +19,9 @@ from propolis.client.fetch import Fetcher, NotDeliveredError
 from propolis.client.incoming import INCOMING_FOLDER, Incoming
 from propolis.client.install import Installer
 from propolis.link.delivery import FetchRequest, LookRequest, OpenRequest, Outcome, Release, ReportRequest
-from propolis.secure.content import wrap_key
 from propolis.secure.envelope import SEALED_CHUNK_BYTES
 from propolis.secure.errors import UsageError
 from propolis.secure.manifest import Kind
-from propolis.server.publish import Recipient
 from propolis.server.rollout import Progress
 
 LARGE = {"model.onnx": (WEIGHTS * 4, Kind.ONNX)}  # seven chunks
@@ -235,17 +233,42 @@ def test_a_device_that_enrolled_later_gets_a_key_where_the_server_has_the_conten
     keys = package.with_name("package.keys")
     keys.write_bytes(keys.read_bytes()[:-84])  # the last device was not there yet
     site.rollouts.start(package, 100)
-    with site.serving(), pytest.raises(NotDeliveredError, match="sealed before this device enrolled"):
+    with site.serving(), pytest.raises(NotDeliveredError, match="was not sealed for this device"):
         site.look(2)
-    asked: list[int] = []
+    asked: list[bytes] = []
 
-    def wrap(manifest: bytes, recipient: Recipient) -> object:
-        asked.append(recipient.index)
-        return wrap_key(sealed.content_key, manifest, recipient.index, recipient.descriptor, recipient.hpke_key)
+    def content_key(manifest: bytes) -> bytes | None:
+        asked.append(manifest)
+        return sealed.content_key
 
-    with site.serving(wrap=wrap):  # type: ignore[arg-type]
+    with site.serving(content_keys=content_key):
         assert len(site.look(2)) == len(site.look(0)) == 1
-    assert asked == [2]
+    assert asked == [sealed.release.digest]
+
+
+def test_a_device_announces_its_post_quantum_key_by_itself_and_is_given_what_is_sealed_to_it(site: Site) -> None:
+    """Those of this federation enrolled before there were such keys."""
+    with site.serving():
+        assert site.look(0) == site.look(1) == []
+        assert site.membership.announced(0) is not None
+        package, sealed = site.sealed(1, post_quantum=True)
+        site.rollouts.start(package, 100)
+        assert len(site.look(0)) == len(site.look(1)) == 1
+        with pytest.raises(NotDeliveredError, match="was not sealed for this device"):
+            site.look(2)
+    with site.serving(content_keys=lambda _: sealed.content_key):
+        assert len(site.look(2)) == 1  # it has announced its key meanwhile
+
+
+def test_a_device_that_lost_its_post_quantum_key_still_takes_other_packages(site: Site) -> None:
+    with site.serving():
+        site.look()
+        (site.device() / "hybrid.key").unlink()
+        site.look()
+        (site.server_folder / "enrolled" / "0.hybrid").unlink()
+        site.look()
+        site.release(1)
+        assert len(site.look()) == 1
 
 
 def test_nothing_is_kept_of_releases_that_never_were(site: Site) -> None:

@@ -8,7 +8,7 @@ from enum import IntEnum
 from propolis.package import Header
 from propolis.secure.content import WrappedKey
 from propolis.secure.envelope import SEALED_CHUNK_BYTES
-from propolis.secure.identity import DIGEST_BYTES
+from propolis.secure.identity import DIGEST_BYTES, Signed
 from propolis.secure.release import LARGEST_NUMBER, LONGEST_MODEL_NAME
 from propolis.secure.wire import between, many, sized, version_field
 
@@ -53,10 +53,26 @@ class LookRequest:
 
 @dataclass(frozen=True, slots=True)
 class LookReply:
-    """The number of the newest roster, and the releases that are for this device."""
+    """The number of the newest roster, the releases that are for this device, and whether to announce a hybrid key."""
 
     roster: int = between(0, LARGEST_NUMBER)
     offers: tuple[Release, ...] = many(MOST_OFFERS)
+    announce: bool = False
+    version: int = version_field()
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceRequest:
+    """An `Announcement`, signed by the device: post-quantum packages can be sealed to it from now on."""
+
+    announcement: Signed
+    version: int = version_field()
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceReply:
+    """It is kept."""
+
     version: int = version_field()
 
 
