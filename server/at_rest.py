@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from propolis.secure.errors import UsageError
-from propolis.secure.labels import BLOB, BLOB_NAME, REGISTRY_KEY
+from propolis.secure.labels import BLOB, BLOB_NAME, REGISTRY_KEY, RELEASED_KEY
 
 KEY_BYTES = 32
 CHUNK_BYTES = 2**20
@@ -64,6 +64,20 @@ class RegistryKey:
     def cipher(self, salt: bytes) -> AESGCM:
         """The cipher of one blob."""
         return AESGCM(self._derive(BLOB, salt))
+
+    def seal_released(self, content_key: bytes, manifest: bytes) -> bytes:
+        """The content key of a release as it is kept: under a key of its own, bound to the manifest's digest."""
+        salt = os.urandom(_SALT_BYTES)
+        cipher = AESGCM(self._derive(RELEASED_KEY, salt))
+        return salt + cipher.encrypt(_nonce(0, True), content_key, manifest)
+
+    def open_released(self, kept: bytes, manifest: bytes) -> bytes:
+        """What `seal_released` was given; raises UsageError where it is damaged or another release's."""
+        cipher = AESGCM(self._derive(RELEASED_KEY, kept[:_SALT_BYTES]))
+        try:
+            return cipher.decrypt(_nonce(0, True), kept[_SALT_BYTES:], manifest)
+        except (InvalidTag, ValueError):
+            raise UsageError("the content key of this release is damaged, or another one's") from None
 
     def _derive(self, label: bytes, salt: bytes) -> bytes:
         return HKDF(SHA256(), KEY_BYTES, salt, label).derive(self.secret)

@@ -53,7 +53,7 @@ def list_versions(
     """List the versions."""
     from propolis.server.models_text import as_dict, table_of
 
-    versions = _open(registry).versions(name)
+    versions = open_named(registry).versions(name)
     _say(table_of(versions), [as_dict(version) for version in versions], as_json)
 
 
@@ -62,7 +62,7 @@ def show(
     name: NameArgument, version: VersionArgument, registry: RegistryFlag = None, as_json: JsonFlag = False
 ) -> None:
     """Show all that is known of a version."""
-    _say_version(_open(registry).version(name, version), as_json)
+    _say_sheet(open_named(registry).version(name, version), as_json)
 
 
 @models_app.command("register")
@@ -89,7 +89,7 @@ def register(
         version = register_run(opened, model, file, parent=parent)
     else:
         version = opened.register(model, file, Lineage(parent=parent))
-    _say_short(f"registered as {version} in {opened.name}", version, as_json)
+    say_version(f"registered as {version} in {opened.name}", version, as_json)
 
 
 @models_app.command("promote")
@@ -101,8 +101,8 @@ def promote(
     as_json: JsonFlag = False,
 ) -> None:
     """Set an alias to a version."""
-    promoted = _open(registry).promote(name, version, alias)
-    _say_short(f"{alias} of {name} is version {promoted.version}", promoted, as_json)
+    promoted = open_named(registry).promote(name, version, alias)
+    say_version(f"{alias} of {name} is version {promoted.version}", promoted, as_json)
 
 
 @models_app.command("rollback")
@@ -110,8 +110,8 @@ def rollback(
     name: NameArgument, alias: AliasFlag = "champion", registry: RegistryFlag = None, as_json: JsonFlag = False
 ) -> None:
     """Set an alias back to the version it had before."""
-    back = _open(registry).rollback(name, alias)
-    _say_short(f"{alias} of {name} is version {back.version} again", back, as_json)
+    back = open_named(registry).rollback(name, alias)
+    say_version(f"{alias} of {name} is version {back.version} again", back, as_json)
 
 
 @models_app.command("tag")
@@ -127,8 +127,8 @@ def tag(
     given = dict(_pair(each) for each in tags or ())
     if not given and not remove:
         raise UsageError("say which tag: KEY=VALUE, or --remove KEY")
-    tagged = _open(registry).tag(name, version, given, remove or ())
-    _say_short(f"tags of {tagged}: {' '.join(f'{k}={v}' for k, v in tagged.tags.items()) or 'none'}", tagged, as_json)
+    tagged = open_named(registry).tag(name, version, given, remove or ())
+    say_version(f"tags of {tagged}: {' '.join(f'{k}={v}' for k, v in tagged.tags.items()) or 'none'}", tagged, as_json)
 
 
 @models_app.command("evaluate")
@@ -142,7 +142,7 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a version on a task's test set, and keep the result."""
-    opened = _open(registry)
+    opened = open_named(registry)
     wanted = opened.version(name, version)  # before the seconds that torch takes to load
 
     from propolis.server.evaluation import evaluate_version
@@ -150,18 +150,20 @@ def evaluate(
 
     evaluated = evaluate_version(opened, wanted, task, data, device)
     last = evaluated.evaluations[-1]
-    _say_short(f"{evaluated} on {last.data}: {figures(last.metrics)}", evaluated, as_json)
+    say_version(f"{evaluated} on {last.data}: {figures(last.metrics)}", evaluated, as_json)
 
 
 @models_app.command("verify")
 def verify(
     name: NameArgument, version: VersionArgument, registry: RegistryFlag = None, as_json: JsonFlag = False
 ) -> None:
-    """Read a whole version, and check that it is what was registered."""
-    opened = _open(registry)
+    """Read a whole version, with its artifacts, and check that it is what was registered."""
+    opened = open_named(registry)
     wanted = opened.version(name, version)
     opened.verify(wanted)
-    _say_short(f"{wanted} is what was registered: SHA-256 {wanted.digest}, {wanted.size} bytes", wanted, as_json)
+    also = f", and so are {', '.join(each.name for each in wanted.artifacts)}" if wanted.artifacts else ""
+    said = f"{wanted} is what was registered: SHA-256 {wanted.digest}, {wanted.size} bytes{also}"
+    say_version(said, wanted, as_json)
 
 
 @models_app.command("export")
@@ -169,17 +171,21 @@ def export(
     name: NameArgument,
     version: VersionArgument,
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    file: Annotated[
+        str | None,
+        typer.Option("--file", metavar="FILE", help="An artifact, such as model.onnx, in place of the weights."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     registry: RegistryFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a version to a file of safetensors, in clear."""
+    """Write a version to a file of safetensors, or one of its artifacts, in clear."""
     if out.exists() and not force:
         raise UsageError(f"{out} is there already: name another file, or give --force")
-    opened = _open(registry)
+    opened = open_named(registry)
     wanted = opened.version(name, version)
-    opened.export(wanted, out)
-    _say_short(f"{wanted} is in {out}", wanted, as_json)
+    opened.export(wanted, out, file)
+    say_version(f"{f'{file} of ' if file else ''}{wanted} is in {out}", wanted, as_json)
 
 
 @models_app.command("export-mlflow")
@@ -193,7 +199,7 @@ def export_mlflow(
     as_json: JsonFlag = False,
 ) -> None:
     """Copy the versions of a model into a registry of MLflow, in clear."""
-    opened = _open(registry)
+    opened = open_named(registry)
 
     from propolis.server.mlflow_export import export_to_mlflow
 
@@ -212,7 +218,7 @@ def sweep(
     as_json: JsonFlag = False,
 ) -> None:
     """Remove what interrupted registrations left; never what a version needs."""
-    swept = _open(registry).sweep(grace_hours * HOUR_S, remove=not dry_run)
+    swept = open_named(registry).sweep(grace_hours * HOUR_S, remove=not dry_run)
     what = "would be removed" if dry_run else "removed"
     _say("\n".join([*swept, f"{len(swept)} blobs {what}"]), {"swept": swept, "removed": not dry_run}, as_json)
 
@@ -223,7 +229,8 @@ def _location(registry: str | None) -> str:
     return registry
 
 
-def _open(registry: str | None) -> Registry:
+def open_named(registry: str | None) -> Registry:
+    """The registry that the flag, or its variable, names; raises UsageError."""
     from propolis.server.opening import open_registry
 
     return open_registry(_location(registry))
@@ -240,13 +247,14 @@ def _say(text: str, result: Any, as_json: bool) -> None:
     typer.echo(json.dumps(result) if as_json else text)
 
 
-def _say_short(text: str, version: Version, as_json: bool) -> None:
+def say_version(text: str, version: Version, as_json: bool) -> None:
+    """Print a line of a version, or all that is known of it as JSON."""
     from propolis.server.models_text import as_dict
 
     _say(text, as_dict(version), as_json)
 
 
-def _say_version(version: Version, as_json: bool) -> None:
+def _say_sheet(version: Version, as_json: bool) -> None:
     from propolis.server.models_text import sheet_of
 
-    _say_short(sheet_of(version), version, as_json)
+    say_version(sheet_of(version), version, as_json)

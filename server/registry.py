@@ -7,18 +7,19 @@ row names, which `sweep` removes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, Row, select
 
-from propolis.secure.errors import StorageError, UsageError
-from propolis.server.blobs import place_of
+from propolis.secure.errors import UsageError
+from propolis.secure.manifest import Kind
 from propolis.server.registry_database import Database
-from propolis.server.registry_history import Aliases, records_of, row_of
-from propolis.server.registry_key import load_key, load_or_make_key
+from propolis.server.registry_files import Files, NewArtifact
+from propolis.server.registry_history import Aliases, add_version, records_of, registered_before, row_of
+from propolis.server.registry_key import load_key
+from propolis.server.registry_making import make_registry
 from propolis.server.registry_records import (
     Lineage,
     Version,
@@ -27,13 +28,13 @@ from propolis.server.registry_records import (
     require_name,
     require_tags,
 )
+from propolis.server.registry_releases import NewRelease, add_release, content_key_of, take_sequence
 from propolis.server.registry_tables import evaluations, tags, versions
 from propolis.server.vault import Vault, digest_of, require_safetensors
-from propolis.storage import locked, write_atomically
+from propolis.storage import write_atomically
 
-BLOBS_FOLDER, _LOCK = "blobs", ".lock"
+BLOBS_FOLDER = "blobs"
 GRACE_S = 3600.0  # that a blob without a row is left alone by `sweep`: a slow upload may be on its way
-_TRIES = 3
 
 
 class Registry:
@@ -53,7 +54,9 @@ class Registry:
         key = load_key(self._database.folder)
         if key.check() != key_check:
             raise UsageError(f"the key is not that of the registry in {self.name}")
+        self._key = key
         self._vault = Vault(key, blobs or str((self._database.folder or Path()).absolute() / BLOBS_FOLDER))
+        self._files = Files(self._database, self._vault)
 
     @classmethod
     def make(cls, location: str | Path, blobs: str | None = None) -> Registry:
@@ -67,18 +70,7 @@ class Registry:
             UsageError: a URL of PostgreSQL came without `blobs`, or as for an open one.
             StorageError: it cannot be written.
         """
-        database = Database(str(location))
-        if database.folder is not None:
-            _make_folder(database.folder)
-        if database.exists:
-            if blobs is not None:
-                raise UsageError(f"the registry in {database.name} is there already, and its models: leave out --blobs")
-        elif database.folder is not None:
-            _make_in(database.folder, database, blobs)
-        elif blobs is not None:
-            database.create(place_of(blobs), load_or_make_key(None).check())
-        else:
-            raise UsageError(f"there is no registry in {database.name}: propolis models init --blobs makes one")
+        make_registry(str(location), blobs)
         return cls(location)
 
     @property
@@ -104,15 +96,47 @@ class Registry:
         lineage = lineage or Lineage()
         require_safetensors(file)
         digest, size = digest_of(file)
-        for _ in range(_TRIES):
-            self._vault.store(file, digest)
-            with self._database.writing() as connection:
-                if (known := _registered_before(connection, model, digest, lineage)) is not None:
-                    return self._version(connection, model, known)
-                if self._vault.holds(digest):  # a sweep may have come between, but none does now: it is a writer, too
-                    number = self._add(connection, model, digest, size, lineage)
-                    return self._version(connection, model, number)
-        raise StorageError(f"{self.name}: the model was swept as soon as it was stored, {_TRIES} times")
+
+        def add(connection: Connection) -> Version:
+            number = registered_before(connection, model, digest, lineage)
+            return self._version(connection, model, number or self._add(connection, model, digest, size, lineage))
+
+        return self._files.commit([(file, digest)], add)
+
+    def attach(self, version: Version, name: str, kind: Kind, content: Path | bytes) -> Version:
+        """Add a file to a version; raises as `attach_all` does."""
+        return self.attach_all(version, [NewArtifact(name, kind, content)])
+
+    def attach_all(
+        self, version: Version, files: Sequence[NewArtifact], figures: Mapping[str, Mapping[str, float]] | None = None
+    ) -> Version:
+        """Add files to a version, and figures of it, all or none; a file that it has already stays as it is.
+
+        Args:
+            version: to add to.
+            files: their names are new to the version.
+            figures: metrics by the name of what they were found on.
+
+        Raises:
+            UsageError: a file cannot be read, or the version has another one of its name.
+            StorageError: something could not be stored; nothing has been added.
+        """
+
+        def add(connection: Connection, version_id: int) -> Version:
+            for data, metrics in (figures or {}).items():
+                _add_evaluation(connection, version_id, data, metrics)
+            return self._version(connection, version.model, version.version)
+
+        return self._files.attach(files, lambda connection: self._row(connection, version.model, version.version), add)
+
+    def artifact(self, version: Version, name: str) -> bytes:
+        """The content of a file that was attached to a version, whole and authentic.
+
+        Raises:
+            UsageError: it has none of this name, or the blob is missing, damaged or another one.
+            StorageError: it cannot be read.
+        """
+        return b"".join(self._read_artifact(version, name))
 
     def models(self) -> list[str]:
         """Names of the models that have versions."""
@@ -148,19 +172,18 @@ class Registry:
             UsageError: the blob is missing, damaged or another one; before the first byte that is not the version's.
             StorageError: it cannot be read.
         """
-        try:
-            yield from self._vault.read(bytes.fromhex(version.digest))
-        except UsageError as error:
-            raise type(error)(f"{version} cannot be read: {error}") from None
+        yield from self._files.read(version.digest, version)
 
-    def export(self, version: Version, out: Path) -> None:
-        """Write the file of a version, for its owner alone: it is in clear; raises as `read` does."""
-        write_atomically(out, self.read(version), mode=0o600)
+    def export(self, version: Version, out: Path, name: str | None = None) -> None:
+        """Write the file of a version, or one attached to it, for its owner alone: it is in clear; raises as `read`."""
+        content = self.read(version) if name is None else self._read_artifact(version, name)
+        write_atomically(out, content, mode=0o600)
 
     def verify(self, version: Version) -> None:
-        """Read all of a version; raises as `read` does."""
-        for _ in self.read(version):
-            pass
+        """Read all of a version, with what is attached to it; raises as `read` does."""
+        for content in (self.read(version), *(self._read_artifact(version, each.name) for each in version.artifacts)):
+            for _ in content:
+                pass
 
     def promote(self, model: str, wanted: int | str, alias: str = "champion") -> Version:
         """Set an alias to a version; raises UsageError when there is none such, or the alias is no word."""
@@ -191,11 +214,9 @@ class Registry:
 
     def add_evaluation(self, version: Version, data: str, metrics: Mapping[str, float]) -> Version:
         """Keep figures of a version on a data set, beside those it has; raises UsageError."""
-        require_data_name(data)
         with self._database.writing() as connection:
             row = self._row(connection, version.model, version.version)
-            values = {"version_id": row.id, "data": data, "metrics": finite(metrics), "evaluated_at": time.time()}
-            connection.execute(evaluations.insert().values(values))
+            _add_evaluation(connection, row.id, data, metrics)
             return self._version(connection, version.model, version.version)
 
     def sweep(self, grace: float = GRACE_S, remove: bool = True) -> list[str]:
@@ -211,15 +232,39 @@ class Registry:
         Raises:
             StorageError: the database or the blobs cannot be reached.
         """
-        swept = []
-        for blob in self._vault.blobs.older_than(grace):
-            with self._database.writing() as connection:  # nobody registers it at the same time
-                if connection.scalar(select(func.count()).where(versions.c.blob == blob)):
-                    continue
-                if remove:
-                    self._vault.blobs.delete(blob)
-                swept.append(blob)
-        return swept
+        return self._files.sweep(grace, remove)
+
+    def next_sequence(self, model: str) -> tuple[int, int]:
+        """Take the number of a model's next release, for good: nobody else gets it, whatever becomes of this one.
+
+        Returns:
+            The number, and that of the release before; 0 is none.
+        """
+        with self._database.writing() as connection:
+            return take_sequence(connection, require_name(model))
+
+    def add_release(self, version: Version, release: NewRelease) -> Version:
+        """Keep that a version was released, and the content key, encrypted; raises StorageError."""
+        with self._database.writing() as connection:
+            row = self._row(connection, version.model, version.version)
+            add_release(connection, self._key, row.id, version.model, release)
+            return self._version(connection, version.model, version.version)
+
+    def content_key(self, manifest_digest: bytes) -> bytes | None:
+        """The content key of a release, for devices that enrol later; None where the release is not of this registry.
+
+        Raises:
+            UsageError: what is kept is damaged.
+        """
+        with self._database.reading() as connection:
+            return content_key_of(connection, self._key, manifest_digest)
+
+    def _read_artifact(self, version: Version, name: str) -> Iterator[bytes]:
+        found = next((each for each in version.artifacts if each.name == name), None)
+        if found is None:
+            known = ", ".join(each.name for each in version.artifacts) or "none"
+            raise UsageError(f"{version} has no file {name!r}: those attached to it are {known}")
+        return self._files.read(found.digest, f"{name} of {version}")
 
     def _row(self, connection: Connection, model: str, wanted: int | str) -> Row[Any]:
         return row_of(connection, require_name(model), wanted, self.name)
@@ -232,42 +277,9 @@ class Registry:
         """The commit point of a registration."""
         if lineage.parent is not None:
             self._row(connection, model, lineage.parent)
-        last = connection.scalar(select(func.max(versions.c.version)).where(versions.c.model == model))
-        row = {
-            "model": model,
-            "version": (last or 0) + 1,
-            "digest": digest.hex(),
-            "blob": self._vault.name_of(digest),
-            "size": size,
-            "created_at": time.time(),
-            **asdict(lineage),
-        }
-        connection.execute(versions.insert().values(row))
-        return (last or 0) + 1
+        return add_version(connection, model, digest, self._vault.name_of(digest), size, lineage)
 
 
-def _registered_before(connection: Connection, model: str, digest: bytes, lineage: Lineage) -> int | None:
-    """The version that this file of this run and round is already."""
-    if lineage.run_id is None:
-        return None
-    same = (
-        versions.c.model == model,
-        versions.c.digest == digest.hex(),
-        versions.c.run_id == lineage.run_id,
-        versions.c.round == lineage.round,
-    )
-    known: int | None = connection.scalar(select(func.min(versions.c.version)).where(*same))
-    return known
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise StorageError(f"cannot make a registry in {folder}: {error.strerror}") from None
-
-
-def _make_in(folder: Path, database: Database, blobs: str | None) -> None:
-    with locked(folder / _LOCK):
-        if not database.exists:  # the key first: a crash leaves one that the next try takes
-            database.create(place_of(blobs) if blobs else "", load_or_make_key(folder).check())
+def _add_evaluation(connection: Connection, version_id: int, data: str, metrics: Mapping[str, float]) -> None:
+    row = {"version_id": version_id, "data": require_data_name(data), "metrics": finite(metrics)}
+    connection.execute(evaluations.insert().values({**row, "evaluated_at": time.time()}))

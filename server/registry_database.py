@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from propolis.secure.errors import StorageError, UsageError
+from propolis.server.registry_migrations import STEPS, migrate, schema_of
 from propolis.server.registry_tables import SCHEMA, metadata, registries
 
 DATABASE_FILE = "registry.db"
@@ -66,11 +67,20 @@ class Database:
             connection.execute(registries.insert().values(row))
 
     def described(self) -> tuple[str, str]:
-        """Where the blobs are, and the check of the key; raises UsageError when the tables are another version's."""
+        """Where the blobs are, and the check of the key; an older registry becomes one of this version first.
+
+        Raises:
+            UsageError: there is none, or its tables are of a version that this one does not know.
+        """
         if not self.exists:
             raise UsageError(f"there is no registry in {self.name}: propolis models init makes one")
         with self.reading() as connection:
-            schema = connection.scalar(text("SELECT schema_version FROM propolis_registry"))
+            is_old = schema_of(connection) in STEPS
+        if is_old:
+            with self.writing() as connection:  # somebody else may have come before
+                migrate(connection)
+        with self.reading() as connection:
+            schema = schema_of(connection)
             if schema != SCHEMA:
                 older = "an older" if schema is not None and schema < SCHEMA else "a newer"
                 raise UsageError(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
 
 from propolis.secure.errors import UsageError
-from propolis.server.registry_records import Evaluation, Lineage, Version, require_alias
-from propolis.server.registry_tables import alias_changes, evaluations, tags, versions
+from propolis.server.registry_records import Artifact, Evaluation, Lineage, Released, Version, require_alias
+from propolis.server.registry_tables import alias_changes, artifacts, evaluations, releases, tags, versions
 
 _LINEAGE = tuple(each.name for each in fields(Lineage))
 
@@ -32,7 +32,18 @@ def records_of(connection: Connection, *wanted: ColumnElement[bool]) -> list[Ver
         select(evaluations).where(evaluations.c.version_id.in_(ids)).order_by(evaluations.c.id)
     ):
         evaluated[each.version_id].append(Evaluation(each.data, each.metrics, each.evaluated_at))
-    return [_record(row, aliases[row.id], tagged[row.id], evaluated[row.id]) for row in rows]
+    attached, released = _attached(connection, ids), _released(connection, ids)
+    return [
+        Version(
+            **_of_row(row),
+            aliases=tuple(aliases[row.id]),
+            tags=tagged[row.id],
+            evaluations=tuple(evaluated[row.id]),
+            artifacts=tuple(attached[row.id]),
+            releases=tuple(released[row.id]),
+        )
+        for row in rows
+    ]
 
 
 def row_of(connection: Connection, model: str, wanted: int | str, where: str) -> Row[Any]:
@@ -49,6 +60,36 @@ def row_of(connection: Connection, model: str, wanted: int | str, where: str) ->
     if not known:
         raise UsageError(f"there is no model '{model}' in {where}")
     raise UsageError(f"{model} has no version or alias '{wanted}': its versions are {_spans(known)}")
+
+
+def registered_before(connection: Connection, model: str, digest: bytes, lineage: Lineage) -> int | None:
+    """The version that this file of this run and round is already."""
+    if lineage.run_id is None:
+        return None
+    same = (
+        versions.c.model == model,
+        versions.c.digest == digest.hex(),
+        versions.c.run_id == lineage.run_id,
+        versions.c.round == lineage.round,
+    )
+    known: int | None = connection.scalar(select(func.min(versions.c.version)).where(*same))
+    return known
+
+
+def add_version(connection: Connection, model: str, digest: bytes, blob: str, size: int, lineage: Lineage) -> int:
+    """Add the row of a model's next version, and return its number."""
+    last = connection.scalar(select(func.max(versions.c.version)).where(versions.c.model == model)) or 0
+    row = {
+        "model": model,
+        "version": last + 1,
+        "digest": digest.hex(),
+        "blob": blob,
+        "size": size,
+        "created_at": time.time(),
+        **asdict(lineage),
+    }
+    connection.execute(versions.insert().values(row))
+    return int(last) + 1
 
 
 class Aliases:
@@ -110,18 +151,27 @@ def _current_aliases() -> Select[Any]:
     return select(alias_changes).where(alias_changes.c.id.in_(last))
 
 
-def _record(row: Row[Any], aliases: Sequence[str], tagged: dict[str, str], evaluated: Sequence[Evaluation]) -> Version:
-    return Version(
-        model=row.model,
-        version=row.version,
-        digest=row.digest,
-        size=row.size,
-        created_at=row.created_at,
-        lineage=Lineage(**{name: getattr(row, name) for name in _LINEAGE}),
-        aliases=tuple(aliases),
-        tags=tagged,
-        evaluations=tuple(evaluated),
-    )
+def _attached(connection: Connection, ids: Select[Any]) -> dict[int, list[Artifact]]:
+    found = defaultdict[int, list[Artifact]](list)
+    rows = select(artifacts).where(artifacts.c.version_id.in_(ids)).order_by(artifacts.c.id)
+    for row in connection.execute(rows):
+        found[row.version_id].append(Artifact(row.name, row.kind, row.digest, row.size))
+    return found
+
+
+def _released(connection: Connection, ids: Select[Any]) -> dict[int, list[Released]]:
+    found = defaultdict[int, list[Released]](list)
+    rows = select(releases).where(releases.c.version_id.in_(ids)).order_by(releases.c.sequence)
+    for row in connection.execute(rows):
+        release = Released(row.sequence, row.manifest, row.created_at, row.expires_at, row.parent)
+        found[row.version_id].append(release)
+    return found
+
+
+def _of_row(row: Row[Any]) -> dict[str, Any]:
+    """What a version's own row says of it."""
+    said = {name: getattr(row, name) for name in ("model", "version", "digest", "size", "created_at")}
+    return {**said, "lineage": Lineage(**{name: getattr(row, name) for name in _LINEAGE})}
 
 
 def _spans(numbers: Sequence[int]) -> str:

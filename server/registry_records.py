@@ -57,8 +57,43 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Artifact:
+    """A further file of a version.
+
+    Attributes:
+        name: of the file.
+        kind: what it is for: a name of `propolis.secure.manifest.Kind`, in lower case.
+        digest: SHA-256 of its content, in hexadecimal.
+        size: in bytes.
+    """
+
+    name: str
+    kind: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A release of a version.
+
+    Attributes:
+        sequence: its number, among the releases of its model.
+        manifest: the digest of its manifest, in hexadecimal.
+        created_at, expires_at: seconds since 1970; the second is the last moment to install it.
+        parent: the sequence before; 0 is none.
+    """
+
+    sequence: int
+    manifest: str
+    created_at: float
+    expires_at: float
+    parent: int
+
+
+@dataclass(frozen=True, slots=True)
 class Version:
-    """A version of a model, which never changes but for aliases, tags and evaluations.
+    """A version of a model, to which more is added and of which nothing changes but aliases and tags.
 
     Attributes:
         model: its model's name.
@@ -70,6 +105,8 @@ class Version:
         aliases: that are at this version.
         tags: by key.
         evaluations: the oldest first.
+        artifacts: in the order that they were attached in.
+        releases: the oldest first.
     """
 
     model: str
@@ -81,6 +118,8 @@ class Version:
     aliases: tuple[str, ...]
     tags: Mapping[str, str]
     evaluations: tuple[Evaluation, ...]
+    artifacts: tuple[Artifact, ...]
+    releases: tuple[Released, ...]
 
     def __str__(self) -> str:
         return f"{self.model} {self.version}"

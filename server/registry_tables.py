@@ -16,8 +16,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-# Of these tables: a change of them is a new number, and brings the statements that lead to it.
-SCHEMA = 1
+# Of these tables: a change of them is a new number, and brings the statements that lead to it (`registry_migrations`).
+SCHEMA = 2
 
 metadata = MetaData()
 
@@ -81,4 +81,42 @@ evaluations = Table(
     Column("data", String(200), nullable=False),
     Column("metrics", JSON, nullable=False),
     Column("evaluated_at", Float(53), nullable=False),
+)
+
+# Further files of a version, such as the ONNX models that were made of it.
+artifacts = Table(
+    "propolis_artifact",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version_id", ForeignKey(versions.c.id), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("kind", String(16), nullable=False),  # a name of `propolis.secure.manifest.Kind`, in lower case
+    Column("digest", String(64), nullable=False),  # SHA-256 of the plaintext
+    Column("blob", String(64), nullable=False, index=True),
+    Column("size", BigInteger, nullable=False),  # bytes of the plaintext
+    UniqueConstraint("version_id", "name"),
+)
+
+# The numbers of releases that somebody took; one without a release was left by who was interrupted.
+sequences = Table(
+    "propolis_sequence",
+    metadata,
+    Column("model", String(64), primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("taken_at", Float(53), nullable=False),
+)
+
+releases = Table(
+    "propolis_release",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("version_id", ForeignKey(versions.c.id), nullable=False, index=True),
+    Column("model", String(64), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("manifest", String(64), nullable=False, unique=True),  # digest of the manifest
+    Column("content_key", String(256), nullable=False),  # encrypted under the registry's key, in hexadecimal
+    Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53), nullable=False),
+    Column("parent", BigInteger, nullable=False),  # the sequence before; 0 is none
+    UniqueConstraint("model", "sequence"),
 )

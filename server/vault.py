@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -37,8 +38,8 @@ class Vault:
         """Whether there is such a file; raises StorageError."""
         return self.blobs.has(self.name_of(digest))
 
-    def store(self, file: Path, digest: bytes) -> None:
-        """Keep a file; also where its blob is there already: it may be damaged, or about to be swept.
+    def store(self, file: Path | bytes, digest: bytes) -> None:
+        """Keep a file, or what would be in one, also where its blob is there: it may be damaged, or about to be swept.
 
         Raises:
             UsageError: the file has not, or no longer, this digest; nothing has been stored.
@@ -63,11 +64,12 @@ class Vault:
         if hashed.digest() != digest:  # only who has the key can have made this
             raise UsageError(f"its SHA-256 is {hashed.hexdigest()}")
 
-    def _checked(self, source: _Hashing, digest: bytes, file: Path) -> Iterator[bytes]:
+    def _checked(self, source: _Hashing, digest: bytes, file: Path | bytes) -> Iterator[bytes]:
         """The pieces of the blob, which is not finished when the file has changed since its digest was taken."""
         yield from sealed(self._key, digest, source)
         if source.hashed.digest() != digest:
-            raise UsageError(f"{file} changed while it was registered: try again when it is complete")
+            name = file if isinstance(file, Path) else "the content"
+            raise UsageError(f"{name} changed while it was registered: try again when it is complete")
 
 
 class _Hashing:
@@ -83,8 +85,8 @@ class _Hashing:
         return data
 
 
-def digest_of(file: Path) -> tuple[bytes, int]:
-    """SHA-256 and size in bytes of a file; raises UsageError when it cannot be read."""
+def digest_of(file: Path | bytes) -> tuple[bytes, int]:
+    """SHA-256 and size in bytes of a file, or of what would be in one; raises UsageError when it cannot be read."""
     hashed, size = hashlib.sha256(), 0
     with _opened(file) as source:
         while chunk := source.read(CHUNK_BYTES):
@@ -103,7 +105,9 @@ def require_safetensors(file: Path) -> None:
         raise UsageError(f"{file} is no file of safetensors: {error}") from None
 
 
-def _opened(file: Path) -> IO[bytes]:
+def _opened(file: Path | bytes) -> IO[bytes]:
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
     try:
         return file.open("rb")
     except OSError as error:

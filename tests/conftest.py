@@ -1,13 +1,14 @@
-"""Fixtures: the small task, and the command line in a process of its own."""
+"""Fixtures: the small task, the command line in a process of its own, and an empty registry."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import postgres
 import pytest
 
 from harness import Blobs, one_line_error
@@ -42,6 +43,31 @@ def propolis(tmp_path: Path) -> Command:
 def mistake(propolis: Command) -> Callable[..., str]:
     """The one line that these arguments get."""
     return lambda *arguments: one_line_error(propolis(*arguments))
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    with postgres.server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def location(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where a registry is that has just been made; its blobs are in ``registry/blobs`` of the test's folder."""
+    from registries import KEY
+
+    from propolis.server.registry import Registry
+
+    if request.param == "sqlite":
+        Registry.make(tmp_path / "registry")
+        yield str(tmp_path / "registry")
+        return
+    if reason := postgres.missing():
+        pytest.skip(reason)
+    monkeypatch.setenv("PROPOLIS_REGISTRY_KEY", KEY)
+    with postgres.database(request.getfixturevalue("postgres_server")) as url:
+        Registry.make(url, str(tmp_path / "registry" / "blobs"))
+        yield url
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

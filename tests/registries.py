@@ -1,7 +1,9 @@
-"""What the tests of registries share: files to register, and the two kinds of database."""
+"""What the tests of registries share: files to register, and processes that use one at once."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,3 +29,11 @@ def the_blobs(registry: Path) -> list[Path]:
 
 def content(registry: Registry, model: str, version: int | str) -> bytes:
     return b"".join(registry.read(registry.version(model, version)))
+
+
+def in_processes(code: str, *arguments: object, count: int = 1) -> list[int]:
+    """Run code that has the registry's module at hand in several processes at once; their exit codes."""
+    imports = "import os, sys\nfrom pathlib import Path\nfrom propolis.server.registry import Registry\n"
+    command = [sys.executable, "-c", imports + code, *map(str, arguments)]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    return [process.wait(timeout=120) for process in processes]
