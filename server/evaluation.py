@@ -38,5 +38,9 @@ def evaluate_version(
         raise UsageError(f"{version} is no model of task '{task}': {' '.join(str(error).split())[:300]}") from None
     with torch.no_grad():
         metrics = made.evaluate(model.to(on).eval(), test)
-    name = task if data is None else f"{task}:{Path(data).resolve().name}"
-    return registry.add_evaluation(version, name, metrics)
+    return registry.add_evaluation(version, data_name(task, data), metrics)
+
+
+def data_name(task: str, data: str | Path | None) -> str:
+    """What a task's test set is called, from whatever folder it is read."""
+    return task if data is None else f"{task}:{Path(data).resolve().name}"

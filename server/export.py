@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import onnx
 
 INPUT, OUTPUT = "input", "output"
-CALIBRATION_EXAMPLES = 512
 _CALIBRATION_BATCH = 64
 _COMPARED_EXAMPLES = 256
 # Of the largest output, or of one where all are smaller: what other orders of summation make of float32.

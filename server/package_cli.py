@@ -107,7 +107,7 @@ def seal(
     left_out = [entries[one.index].name for one in recipients if one not in able]
     if as_json:
         told = {"devices": [one.index for one in able], "left_out": left_out}
-        typer.echo(json.dumps(_as_json(sealed.manifest) | told))
+        typer.echo(json.dumps(manifest_as_json(sealed.manifest) | told))
         return
     typer.echo(f"release {sequence} of {name} for {len(able)} devices: {out} and {out}.keys")
     if left_out:
@@ -134,7 +134,7 @@ def verify(
         for _ in opened.chunks():
             pass
     if as_json:
-        typer.echo(json.dumps(_as_json(accepted.manifest) | {"release_key": accepted.serial}))
+        typer.echo(json.dumps(manifest_as_json(accepted.manifest) | {"release_key": accepted.serial}))
         return
     typer.echo(f"holds: release {accepted.manifest.sequence} of {accepted.manifest.name}, by key {accepted.serial}")
 
@@ -149,7 +149,7 @@ def show(package: PackageArgument, as_json: JsonFlag = False) -> None:
 
     with Package.open(package) as opened:
         manifest = decode(Manifest, opened.release.manifest.payload, model_pb2.Manifest)
-    facts = _as_json(manifest)
+    facts = manifest_as_json(manifest)
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -158,7 +158,7 @@ def show(package: PackageArgument, as_json: JsonFlag = False) -> None:
     typer.echo("not checked: propolis package verify does that")
 
 
-def _as_json(manifest: Manifest) -> dict[str, Any]:
+def manifest_as_json(manifest: Manifest) -> dict[str, Any]:
     """A manifest for machines: digests in hexadecimal, times in seconds since 1970."""
     return {
         "name": manifest.name,

@@ -26,6 +26,15 @@ class PlainFile:
         return self.path.name
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class PlainData:
+    """What would be in a file to seal, and what it is for: nothing of it has to lie on a disk."""
+
+    name: str
+    kind: Kind
+    data: bytes
+
+
 class Plaintext:
     """Files, measured once and then read again.
 
@@ -41,7 +50,7 @@ class Plaintext:
         UsageError: a file cannot be read or has a name that a package cannot carry, or they are too much or nothing.
     """
 
-    def __init__(self, files: Sequence[PlainFile]) -> None:
+    def __init__(self, files: Sequence[PlainFile | PlainData]) -> None:
         self._files = files
         whole = hashlib.sha256()
         self.files = tuple(_measure(file, whole) for file in files)
@@ -66,7 +75,7 @@ class Plaintext:
         yield bytes(waiting)
 
 
-def _measure(file: PlainFile, whole: hashlib._Hash) -> PackagedFile:
+def _measure(file: PlainFile | PlainData, whole: hashlib._Hash) -> PackagedFile:
     if not is_file_name(file.name):
         raise UsageError(f"{file.name!r} is no name for a file of a package: letters, digits, dot, - and _")
     own, size = hashlib.sha256(), 0
@@ -77,8 +86,11 @@ def _measure(file: PlainFile, whole: hashlib._Hash) -> PackagedFile:
     return PackagedFile(file.name, size, own.digest(), file.kind)
 
 
-def _read(file: PlainFile) -> Iterator[bytes]:
+def _read(file: PlainFile | PlainData) -> Iterator[bytes]:
     """A file in parts, none longer than a chunk."""
+    if isinstance(file, PlainData):
+        yield from (file.data[at : at + CHUNK_BYTES] for at in range(0, len(file.data), CHUNK_BYTES))
+        return
     try:
         with file.path.open("rb") as source:
             while part := source.read(CHUNK_BYTES):

@@ -34,7 +34,7 @@ from propolis.secure.manifest import (
 )
 from propolis.secure.release import require_model_name
 from propolis.server.membership import Membership
-from propolis.server.plaintext import PlainFile, Plaintext
+from propolis.server.plaintext import PlainData, PlainFile, Plaintext
 from propolis.server.release_key import ReleaseKey
 from propolis.storage import write_atomically
 
@@ -138,7 +138,7 @@ def recipient_of(membership: Membership, index: int) -> Recipient | None:
 
 
 def seal_package(
-    files: Sequence[PlainFile],
+    files: Sequence[PlainFile | PlainData],
     facts: Facts,
     release_key: ReleaseKey,
     recipients: Sequence[Recipient],

@@ -26,6 +26,7 @@ from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
 from propolis.server.export_cli import export_command
 from propolis.server.models_cli import models_app
 from propolis.server.package_cli import package_app
+from propolis.server.release_cli import convert_command, publish_command
 from propolis.server.rollout_cli import rollout_app
 from propolis.serving.cli import serve_command
 from propolis.settings import Settings, load_settings
@@ -50,6 +51,8 @@ app.add_typer(bench_app, name="bench")
 app.command("serve")(serve_command)
 app.command("predict")(predict_command)
 app.command("export")(export_command)
+models_app.command("convert")(convert_command)
+models_app.command("publish")(publish_command)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 

@@ -1,0 +1,65 @@
+"""A version of a registry gets the files that are served, beside the weights that it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from propolis.secure.errors import UsageError
+from propolis.secure.manifest import Kind
+from propolis.server.convert import Converted, Quantization, convert
+from propolis.server.evaluation import data_name
+from propolis.server.export import Origin
+from propolis.server.model_files import FLOAT32_FILE, INT8_FILE
+from propolis.server.registry import Registry
+from propolis.server.registry_files import NewArtifact
+from propolis.server.registry_records import Version
+from propolis.serving.golden import GOLDEN_FILE
+from propolis.task import check_task, load_task
+
+_KINDS = {FLOAT32_FILE: Kind.ONNX, INT8_FILE: Kind.INT8, GOLDEN_FILE: Kind.GOLDEN}
+
+
+def convert_version(
+    registry: Registry,
+    version: Version,
+    task: str | None = None,
+    data: Path | None = None,
+    quantization: Quantization | None = None,
+) -> tuple[Version, Converted]:
+    """Attach the ONNX files of a version to it, with a golden batch and their evaluations, all or none.
+
+    Args:
+        registry: that the version is in.
+        version: without such files.
+        task: reference of the one that it solves; that of its run by default.
+        data: folder with the task's data.
+        quantization: of a model in int8; None for none.
+
+    Raises:
+        UsageError: the task is not known or not the model's, or the model cannot be converted.
+        PropolisError: the file computes something else than torch does.
+        StorageError: the files could not be stored.
+    """
+    reference = task or task_of(version)
+    made = load_task(reference, data)
+    sets = check_task(made)
+    weights = b"".join(registry.read(version))
+    converted = convert(made, sets, weights, _origin(registry, version, reference), quantization)
+    files = {**converted.files, GOLDEN_FILE: converted.golden(sets).to_bytes()}
+    figures = {f"{data_name(reference, data)}, {name}": found for name, found in converted.metrics.items()}
+    new = [NewArtifact(name, _KINDS[name], content) for name, content in files.items()]
+    return registry.attach_all(version, new, figures), converted
+
+
+def task_of(version: Version) -> str:
+    """The task that a version's run solved; raises UsageError where that is not known."""
+    known = version.lineage.configuration.get("task")
+    if not isinstance(known, str):
+        raise UsageError(f"it is not known which task {version} solves: say so with --task")
+    return known
+
+
+def _origin(registry: Registry, version: Version, task: str) -> Origin:
+    lineage = version.lineage
+    parent = registry.version(version.model, lineage.parent).digest if lineage.parent else ""
+    return Origin(version.model, str(version.version), task, version.digest, lineage.round, parent)

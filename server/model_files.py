@@ -1,0 +1,36 @@
+"""The files that a model is converted to, for who needs their names and not what makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from propolis.secure.errors import UsageError
+from propolis.server.size import format_bytes
+
+if TYPE_CHECKING:
+    from propolis.server.registry_records import Version
+
+FLOAT32_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require_exporter() -> None:
+    """Raises UsageError unless what converts models is installed."""
+    if missing := [package for package in _NEEDED if find_spec(package) is None]:
+        raise UsageError(f"export needs {missing[0]}: pip install 'propolis[export]'")
+
+
+def is_converted(version: Version) -> bool:
+    """Whether a version has a model that can be served."""
+    return any(each.name == FLOAT32_FILE for each in version.artifacts)
+
+
+def figures_of(models: Mapping[str, Mapping[str, Any]], max_difference: float) -> str:
+    """A line for each file: its size and metrics; and how far float32 is from torch."""
+    lines = []
+    for figures in models.values():
+        metrics = ", ".join(f"{k} {v:.4f}" for k, v in sorted(figures.items()) if k not in ("file", "bytes"))
+        lines.append(f"{figures['file']}: {format_bytes(figures['bytes'])}, {metrics}")
+    return "\n".join([*lines, f"largest difference from torch: {max_difference:.2g}"])

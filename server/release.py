@@ -1,0 +1,169 @@
+"""A version of a registry becomes a release: sealed for the devices, noted in the registry, and then given out.
+
+A release's number is taken before anything is sealed, and the release is noted before its package can be had anywhere.
+So who is interrupted leaves a number that nobody uses, or a release that never went out; publishing again mends both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from glob import escape
+from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
+
+from propolis.secure.errors import RefusedError, StorageError, UsageError
+from propolis.secure.identity import DIGEST_BYTES
+from propolis.secure.manifest import Kind, Manifest, Trial, Trust
+from propolis.secure.release import LONGEST_MODEL_NAME, require_model_name, verify_delegation
+from propolis.server.membership import Membership
+from propolis.server.plaintext import PlainData
+from propolis.server.publish import KEYS_SUFFIX, Facts, Recipient, recipients_of, seal_package
+from propolis.server.registry import Registry
+from propolis.server.registry_records import Version
+from propolis.server.registry_releases import NewRelease
+from propolis.server.release_key import ReleaseKey
+from propolis.storage import sync_folder
+
+DAY_S = 24 * 3600
+# Of outputs on the golden batch: float32 agrees much closer on all processors, int8 is held to the same.
+LARGEST_DIFFERENCE = 1e-3
+_LARGEST_MEASURE = 1e300
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How long a release may be installed, and how a device tries it."""
+
+    valid_days: int = 90
+    trial: Trial = field(default_factory=lambda: Trial(LARGEST_DIFFERENCE))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Publisher:
+    """Who releases, and for whom; make one with `Publisher.of`, which finds out whether that can be."""
+
+    key: ReleaseKey
+    trust: Trust
+    recipients: tuple[Recipient, ...]
+
+    @classmethod
+    def of(cls, federation: Path, key: ReleaseKey, model: str) -> Publisher:
+        """The publisher of a model to the devices that have enrolled.
+
+        Args:
+            federation: the server's folder, with the roster and the devices.
+            key: that releases.
+            model: its name.
+
+        Raises:
+            UsageError: nobody has enrolled, the name is none of a release, or devices would refuse this key or roster.
+        """
+        require_model_name(model)
+        membership = Membership(federation)
+        trust = Trust(membership.root_key, membership.roster)
+        now = time.time()
+        try:
+            trust.roster.require_current(now)
+            delegation = verify_delegation(trust.root_key, trust.roster, key.delegation)
+            delegation.require_valid(now)
+            delegation.require_model(model)
+            recipients = tuple(recipients_of(membership))
+        except RefusedError as error:
+            raise UsageError(f"devices would refuse this release: {error}") from None
+        if not recipients:
+            raise UsageError(f"no device has enrolled in {federation}: nobody could open the package")
+        return cls(key, trust, recipients)
+
+
+def release_version(registry: Registry, version: Version, publisher: Publisher, terms: Terms, out: Path) -> Manifest:
+    """Seal a version's artifacts as its model's next release, note it, and write the package.
+
+    Args:
+        registry: that the version is in.
+        version: with artifacts.
+        publisher: who releases.
+        terms: of the release.
+        out: a file that does not exist yet; the keys go beside it.
+
+    Returns:
+        What the package says.
+
+    Raises:
+        UsageError: `out` is taken, or devices would refuse the package.
+        StorageError: something could not be written.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists: a release is never changed, give another --out")
+    files = [PlainData(each.name, Kind[each.kind.upper()], registry.artifact(version, each.name)) for each in
+             version.artifacts]  # fmt: skip
+    sequence, parent = registry.next_sequence(version.model)
+    facts = _facts(version, sequence, parent, terms)
+    with _beside(out) as sealing:
+        sealed = seal_package(files, facts, publisher.key, publisher.recipients, publisher.trust, sealing)
+        told = (sealed.release.digest, sealed.content_key, facts.created, facts.expires, parent)
+        registry.add_release(version, NewRelease(sequence, *told))
+        _move(sealing, out)
+    return sealed.manifest
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A place for the package from which it can be moved to its own; what a killed publisher left there goes."""
+    prefix = f".{out.name[:100]}.sealing-"
+    try:
+        for stale in out.parent.glob(f"{escape(prefix)}*"):
+            rmtree(stale, ignore_errors=True)
+        with TemporaryDirectory(prefix=prefix, dir=out.parent) as folder:
+            yield Path(folder) / "package"
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror}") from None
+
+
+def _move(package: Path, out: Path) -> None:
+    """The keys first: the package is what says that there is a release."""
+    for suffix in (KEYS_SUFFIX, ""):
+        package.with_name(package.name + suffix).replace(out.with_name(out.name + suffix))
+    sync_folder(out.parent)
+
+
+def _facts(version: Version, sequence: int, parent: int, terms: Terms) -> Facts:
+    now = int(time.time())
+    return Facts(
+        name=version.model,
+        sequence=sequence,
+        created=now,
+        expires=now + terms.valid_days * DAY_S,
+        model_version=version.version,
+        parent=parent,
+        run_id=_run_id(version),
+        round=version.lineage.round or 0,
+        evaluation=measures_of(version),
+        trial=terms.trial,
+    )
+
+
+def measures_of(version: Version) -> dict[str, float]:
+    """The metrics of a version, and under the file's name those of its artifacts, as far as a manifest can say them."""
+    measures: dict[str, float | None] = dict(version.lineage.metrics)
+    for evaluation in version.evaluations:
+        for artifact in version.artifacts:
+            if evaluation.data.endswith(f", {artifact.name}"):
+                measures |= {f"{artifact.name} {name}": value for name, value in evaluation.metrics.items()}
+    return {
+        name: value
+        for name, value in measures.items()
+        if value is not None and abs(value) <= _LARGEST_MEASURE and 0 < len(name) <= LONGEST_MODEL_NAME
+    }
+
+
+def _run_id(version: Version) -> bytes:
+    """Empty where the run has no name, or one that was not drawn by a registration."""
+    try:
+        run_id = bytes.fromhex(version.lineage.run_id or "")
+    except ValueError:
+        return b""
+    return run_id if len(run_id) <= DIGEST_BYTES else b""
