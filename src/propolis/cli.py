@@ -28,7 +28,7 @@ from propolis.server.models_cli import models_app
 from propolis.server.package_cli import package_app
 from propolis.server.release_cli import convert_command, publish_command
 from propolis.server.rollout_cli import rollout_app
-from propolis.serving.cli import serve_command
+from propolis.server.serve_cli import serve_command
 from propolis.settings import Settings, load_settings
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

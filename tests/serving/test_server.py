@@ -6,12 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,8 @@ from conftest import Command
 from inferring import DEADLINE_S, rows, running, tensor
 from onnx import TensorProto
 from onnx_models import WEIGHTS, copying, external, linear, mixed
+from serving_processes import serving
 
-from harness import free_port
 from propolis.link.authority import Authority
 from propolis.link.certificates import DeviceName, new_tls_key, signing_request, to_pem
 from propolis.link.keys import save_private_key
@@ -84,22 +82,6 @@ def test_with_mutual_tls_only_who_has_a_certificate_of_the_authority_is_answered
         assert answers(secure_client(server.url, AUTHORITY, tmp_path, own))
         assert not answers(secure_client(server.url, AUTHORITY, tmp_path, strangers))
         assert not answers(secure_client(server.url, AUTHORITY, tmp_path))
-
-
-@contextmanager
-def serving(folder: Path, command: Sequence[str], *more: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a process, ready; it is ended at the end."""
-    port = free_port()
-    flags = ["--listen", f"127.0.0.1:{port}", "--metrics", f"127.0.0.1:{free_port()}", "--log-format", "json"]
-    line = [sys.executable, "-m", "propolis", *command, *flags, *map(str, more)]
-    with subprocess.Popen(line, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            while (logged := json.loads(process.stderr.readline()))["message"] != "serving":
-                pass
-            yield process, f"127.0.0.1:{logged['port']}"
-        finally:
-            process.kill()
 
 
 @pytest.mark.parametrize("command", [["serve"], ["client", "serve"]])
