@@ -12,8 +12,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 help: ## Say what the targets do.
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-demo: $(VENV)/.demo ## Train one model on real handwritten digits over ten devices, under secure aggregation.
-	$(BIN)/propolis simulate --task digits --protection secagg --codec dense --out runs/demo --force
+demo: $(VENV)/.demo ## Train a model on real digits over ten devices, under secure aggregation, and deliver it to them.
+	$(BIN)/propolis simulate --task digits --protection secagg --codec dense --out runs/demo --force --deliver
 
 test: $(VENV)/.dev ## Run the test suite.
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -30,6 +30,7 @@ bench: $(VENV)/.dev ## Run the benchmarks (most of an hour).
 	$(BIN)/propolis bench codec
 	$(BIN)/propolis bench link
 	$(BIN)/propolis bench edge
+	$(BIN)/propolis bench delivery
 
 fuzz: $(VENV)/.dev ## Feed 100,000 random and mutated messages of each type to both roles (minutes).
 	PROPOLIS_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/attacks/test_fuzz.py

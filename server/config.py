@@ -14,6 +14,7 @@ from propolis.settings import Settings, build, given, read_toml
 
 # Settings that describe simulated devices: real ones are as they are.
 SIMULATED_ONLY = frozenset({"clients", "partition", "dropout", "backend", "workers", "ray_cpus"})
+NOWHERE = "none"
 _LARGEST_MB = 2**30
 
 
@@ -39,6 +40,14 @@ class ServerConfig(BaseModel):
         None, description="Folder or PostgreSQL URL of the registry that the model goes to when the run is complete."
     )
     model: str | None = Field(None, description="Its name in the registry; the task's by default.")
+    serve: list[str] = Field(
+        [], description="NAME or NAME@VERSION of the registry, to answer inference with; may be repeated."
+    )
+    serve_listen: str = Field(
+        "127.0.0.1:8001",
+        description="HOST:PORT of inference; on another host than this one, for the federation's devices alone.",
+    )
+    serve_metrics: str = Field("127.0.0.1:8002", description="HOST:PORT of inference's /metrics; none for none.")
     delivery_rate: int = Field(
         0, ge=0, le=_LARGEST_MB, description="KiB per second that all devices together fetch models with; 0: no bound."
     )

@@ -165,7 +165,12 @@ def quantize_int8(data: bytes, origin: Origin, calibration: Tensor, seven_bits: 
 
 def evaluate_onnx(task: Task, data: bytes, examples: Examples) -> dict[str, float]:
     """The task's metrics of an ONNX file on these examples."""
-    metrics = task.evaluate(OnnxModule(load_model(data)).eval(), examples)
+    return evaluate_model(task, load_model(data), examples)
+
+
+def evaluate_model(task: Task, model: Model, examples: Examples) -> dict[str, float]:
+    """The task's metrics of an ONNX model on these examples."""
+    metrics = task.evaluate(OnnxModule(model).eval(), examples)
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -111,7 +111,7 @@ def seal(
         return
     typer.echo(f"release {sequence} of {name} for {len(able)} devices: {out} and {out}.keys")
     if left_out:
-        typer.echo(f"left out, for they have announced no post-quantum key: {', '.join(left_out)}")
+        typer.echo(left_out_in_words(left_out))
 
 
 @package_app.command("verify")
@@ -156,6 +156,11 @@ def show(package: PackageArgument, as_json: JsonFlag = False) -> None:
     for key, value in facts.items():
         typer.echo(f"{key:<16}  {value if not isinstance(value, (list, dict)) else json.dumps(value)}")
     typer.echo("not checked: propolis package verify does that")
+
+
+def left_out_in_words(names: Sequence[str]) -> str:
+    """Which devices cannot be given a post-quantum package."""
+    return f"left out, for they have announced no post-quantum key: {', '.join(names)}"
 
 
 def manifest_as_json(manifest: Manifest) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from propolis.references import load_attribute
 from propolis.secure.errors import PropolisError, TooFewPeersError, UsageError
 from propolis.server.app import Members
 from propolis.server.checkpoint import RunState
-from propolis.server.config import Served, ServerConfig
+from propolis.server.config import NOWHERE, Served, ServerConfig
 from propolis.server.delivery import Delivery
 from propolis.server.enroll import Enrolment
+from propolis.server.inference import inference
 from propolis.server.job import (
     Job,
     Rounds,
@@ -41,6 +42,7 @@ from propolis.server.job import (
 from propolis.server.link import LinkOptions, LinkServer
 from propolis.server.link_grid import LinkGrid
 from propolis.server.membership import Membership
+from propolis.server.opening import open_registry
 from propolis.server.post import Post
 from propolis.server.registration import Registration
 from propolis.server.report import CONFIG, result_of, write_results
@@ -52,7 +54,6 @@ from propolis.task import check_task, choose_device, load_task
 
 JOURNAL = "round.journal"
 _PROCESS_LOCK = "server.lock"
-NOBODY = "none"
 _LOOK_S = 0.5
 # Settings that are this machine's own, or that devices have no use for.
 _OURS = frozenset({"data", "device", "clients", "backend", "workers", "ray_cpus", "dropout", "partition"})
@@ -150,7 +151,7 @@ def _ourselves(config: ServerConfig, passphrase: bytes | None) -> tuple[Tls, Mem
 
 
 def _enrolment(config: ServerConfig, membership: Membership, passphrase: bytes | None) -> Enrolment | None:
-    if config.enroll == NOBODY:
+    if config.enroll == NOWHERE:
         return None
     authority = Authority.load(Path(config.federation), passphrase)
     return Enrolment(membership, authority, f":{config.listen.rpartition(':')[2]}")
@@ -230,11 +231,24 @@ def _linked(
     enroll = None if enrolment is None else config.enroll
     options = LinkOptions(config.listen, run_id, run_config, config.heartbeat, limit, enroll)
     post = Post(limit, Spools(Path(config.out)))  # large replies wait on a disk, and not in memory as in some /tmp
-    folder = Path(config.federation)
-    delivery = Delivery(Shelf(folder, membership), membership, Reports(folder), config.delivery_rate * 2**10)
-    with LinkServer(options, tls, membership, post, enrolment, delivery) as link:
+    delivery = _delivery(config, membership)
+    with (
+        inference(config, tls, membership),
+        LinkServer(options, tls, membership, post, enrolment, delivery) as link,
+    ):
         _log.info("listening", extra={"port": link.port, "enroll_port": link.enroll_port or None})
         yield LinkGrid(post, link.wake, run_id), link
+
+
+def _delivery(config: ServerConfig, membership: Membership) -> Delivery:
+    """What gives devices their models; with a registry also those that enrolled after a package was sealed."""
+    folder = Path(config.federation)
+
+    def content_key(manifest: bytes) -> bytes | None:
+        return None if config.registry is None else open_registry(config.registry).content_key(manifest)
+
+    shelf = Shelf(folder, membership, content_key)
+    return Delivery(shelf, membership, Reports(folder), config.delivery_rate * 2**10)
 
 
 def _wait_for_devices(link: LinkServer, count: int, seconds: float) -> None:

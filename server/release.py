@@ -36,10 +36,11 @@ _LARGEST_MEASURE = 1e300
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How long a release may be installed, and how a device tries it."""
+    """How long a release may be installed, how a device tries it, and whether it is sealed to hybrid keys."""
 
     valid_days: int = 90
     trial: Trial = field(default_factory=lambda: Trial(LARGEST_DIFFERENCE))
+    post_quantum: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -49,6 +50,12 @@ class Publisher:
     key: ReleaseKey
     trust: Trust
     recipients: tuple[Recipient, ...]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the devices that have announced no hybrid key."""
+        entries = self.trust.roster.roster.entries
+        return [entries[one.index].name for one in self.recipients if one.hybrid_key is None]
 
     @classmethod
     def of(cls, federation: Path, key: ReleaseKey, model: str) -> Publisher:
@@ -103,7 +110,15 @@ def release_version(registry: Registry, version: Version, publisher: Publisher, 
     sequence, parent = registry.next_sequence(version.model)
     facts = _facts(version, sequence, parent, terms)
     with _beside(out) as sealing:
-        sealed = seal_package(files, facts, publisher.key, publisher.recipients, publisher.trust, sealing)
+        sealed = seal_package(
+            files,
+            facts,
+            publisher.key,
+            publisher.recipients,
+            publisher.trust,
+            sealing,
+            post_quantum=terms.post_quantum,
+        )
         told = (sealed.release.digest, sealed.content_key, facts.created, facts.expires, parent)
         registry.add_release(version, NewRelease(sequence, *told))
         _move(sealing, out)

@@ -22,7 +22,7 @@ from propolis.server.export_cli import (
 )
 from propolis.server.model_files import FLOAT32_FILE, INT8_FILE, figures_of, is_converted, require_exporter
 from propolis.server.models_cli import JsonFlag, NameArgument, RegistryFlag, VersionArgument, open_named, say_version
-from propolis.server.package_cli import FederationFlag
+from propolis.server.package_cli import FederationFlag, left_out_in_words
 
 if TYPE_CHECKING:
     from propolis.secure.manifest import Manifest
@@ -81,6 +81,9 @@ def publish_command(
         bool, typer.Option("--rollout/--no-rollout", help="Hand it to the server; without, only write --out.")
     ] = True,
     int8: Int8Flag = False,
+    post_quantum: Annotated[
+        bool, typer.Option("--post-quantum", help="Seal to the devices' hybrid keys, ML-KEM-768 and X25519.")
+    ] = False,
     task: TaskFlag = None,
     data: DataFlag = None,
     passphrase_file: Annotated[
@@ -103,13 +106,19 @@ def publish_command(
     publisher = Publisher.of(federation, load_release_key(release_key, passphrase_of(passphrase_file)), name)
     wanted = _converted(opened, wanted, task, data, int8)
     with _package(out) as package:
-        terms = Terms(valid_days, Trial(largest_difference))
+        terms = Terms(valid_days, Trial(largest_difference), post_quantum)
         manifest = release_version(opened, wanted, publisher, terms, package)
         if rollout:
             _start_rollout(federation, package, percent)
-    devices = len(publisher.recipients)
+    left_out = publisher.left_out if post_quantum else []
+    devices = len(publisher.recipients) - len(left_out)
+    if as_json:
+        typer.echo(json.dumps(_as_json(manifest, devices) | {"left_out": left_out}))
+        return
     said = f"{wanted} is release {manifest.sequence} of {name}, for {devices} devices"
-    typer.echo(json.dumps(_as_json(manifest, devices)) if as_json else f"{said}{f': {out}' if out else ''}")
+    typer.echo(f"{said}{f': {out}' if out else ''}")
+    if left_out:
+        typer.echo(left_out_in_words(left_out))
 
 
 def _converted(registry: Registry, version: Version, task: str | None, data: Path | None, int8: bool) -> Version:
@@ -164,7 +173,7 @@ def _package(out: Path | None) -> Iterator[Path]:
 
 def _start_rollout(federation: Path, package: Path, percent: float) -> None:
     """Hand a package over for delivery; raises UsageError where the server's folder takes none."""
-    from propolis.server.rollout import start_rollout  # type: ignore[import-not-found,unused-ignore]
+    from propolis.server.rollout import start_rollout
 
     start_rollout(federation, package, percent)
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -116,6 +116,9 @@ def simulate_command(
     model: Annotated[
         str | None, typer.Option("--model", help="Its name in the registry; the task's by default.")
     ] = None,
+    deliver: Annotated[
+        bool, typer.Option("--deliver", help="Then release the model, and deliver it to devices over a real link.")
+    ] = False,
     as_json: JsonFlag = False,
     **flags: Any,
 ) -> None:
@@ -127,23 +130,55 @@ def simulate_command(
     from rich.console import Console
 
     from propolis.server.job import RunOptions, settings_to_resume
+    from propolis.server.model_files import require_exporter
     from propolis.server.registration import Registration
     from propolis.simulations.run import simulate
 
     console = None if as_json else Console()
     settings = settings or settings_to_resume(Path(resume or ""), flags)
     folder = resume or out or Path("runs") / f"{settings.task.replace(':', '.')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if deliver:
+        require_exporter()
+        registry = registry or str(folder / "registry")
     registration = Registration.asked(registry, model, settings.task)
     try:
         result = simulate(settings, RunOptions(folder, resume is not None, force, console, registration=registration))
     except KeyboardInterrupt:
         _stop(f"interrupted; go on with: propolis simulate --resume {folder}", EXIT_INTERRUPTED)
+    if not as_json:
+        typer.echo(_summary(result))
+        typer.echo(f"result.json, model.safetensors, curves.png and config.toml are in {folder}")
+        _say_registered(result)
+    if deliver:
+        result |= _deliver(str(registry), result["registered"], settings, as_json)
     if as_json:
         typer.echo(json.dumps(result))
-        return
-    typer.echo(_summary(result))
-    typer.echo(f"result.json, model.safetensors, curves.png and config.toml are in {folder}")
-    _say_registered(result)
+
+
+def _deliver(registry: str, registered: Mapping[str, Any], settings: Settings, as_json: bool) -> dict[str, Any]:
+    """Release what was registered and deliver it; what came of it."""
+    from propolis.server.opening import open_registry
+    from propolis.server.size import format_bytes
+    from propolis.simulations.deliver import deliver
+
+    opened = open_registry(registry)
+    version = opened.version(registered["model"], registered["version"])
+    done = deliver(opened, version, settings.task, settings.data, settings.clients)
+    figures = {
+        "sequence": done.manifest.sequence,
+        "package_bytes": done.package_bytes,
+        "installed": done.installed,
+        "seconds": done.seconds,
+        "device_metrics": done.device_metrics,
+    }
+    if not as_json:
+        release = f"release {done.manifest.sequence} of {done.manifest.name}"
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in done.device_metrics.items())
+        typer.echo(f"sealed     {release}: one package of {format_bytes(done.package_bytes)}, a key for each device")
+        typer.echo(f"delivered  to {done.installed} of {done.devices} devices in {done.seconds:.1f} s, over mutual TLS")
+        typer.echo("verified   by each of them, tried on the golden batch, and installed")
+        typer.echo(f"predicted  on device 0 with what it has installed, the test set: {metrics}")
+    return {"delivered": figures}
 
 
 def _say_registered(result: dict[str, Any]) -> None:

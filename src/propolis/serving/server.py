@@ -6,7 +6,8 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from propolis.serving.batching import Batcher, Batching
 from propolis.serving.metrics import Metrics, MetricsServer
 from propolis.serving.model import Model
 from propolis.serving.refresh import Refresh
-from propolis.serving.service import SERVICE, InferenceService
+from propolis.serving.service import SERVICE, Admit, InferenceService
 
 DRAIN_S = 30.0
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -58,11 +59,12 @@ class InferenceServer:
     Args:
         options: how.
         tls: certificate and key that it shows; None for no TLS.
+        admit: asked about the certificate of every caller; None answers whoever can connect.
     """
 
-    def __init__(self, options: ServingOptions, tls: Tls | None = None) -> None:
+    def __init__(self, options: ServingOptions, tls: Tls | None = None, admit: Admit | None = None) -> None:
         self._options, self._tls = options, tls
-        self._service = InferenceService()
+        self._service = InferenceService(admit)
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
         self._health = health.HealthServicer()
@@ -111,7 +113,7 @@ class InferenceServer:
         batching, limit = self._options.batching, self._options.largest_message
         server = grpc.aio.server(
             options=_grpc_options(limit),
-            maximum_concurrent_rpcs=models * (batching.queue + batching.largest) + _OTHER_CALLS,
+            maximum_concurrent_rpcs=max(1, models) * (batching.queue + batching.largest) + _OTHER_CALLS,
         )
         server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -121,7 +123,7 @@ class InferenceServer:
     def _bind(self, server: grpc.aio.Server) -> int:
         address, tls = self._options.listen, self._tls
         if tls is None:
-            if address.host not in _LOOPBACK:
+            if not is_loopback(address):
                 _log.warning("inputs and outputs are not encrypted: --tls does it", extra={"listen": str(address)})
             return listen(server, str(address))
         credentials = grpc.ssl_server_credentials(
@@ -140,6 +142,11 @@ def _grpc_options(largest_message: int) -> list[tuple[str, int]]:
     ]
 
 
+def is_loopback(address: Address) -> bool:
+    """Whether only this machine reaches it."""
+    return address.host in _LOOPBACK
+
+
 def load_server_tls(folder: Path, passphrase: bytes | None = None) -> Tls:
     """The certificate and key in a folder, as `propolis.link.certificates.load_tls` reads them, and still valid.
 
@@ -155,24 +162,41 @@ def load_server_tls(folder: Path, passphrase: bytes | None = None) -> Tls:
 async def serve(
     models: Sequence[Model], options: ServingOptions, tls: Tls | None = None, refresh: Refresh | None = None
 ) -> None:
-    """Serve these models until the process gets SIGTERM or SIGINT; raises as `InferenceServer.start` does.
+    """Serve these models until the process gets SIGTERM or SIGINT; see `serving` for the arguments."""
+    stopped = asyncio.Event()
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sign, stopped.set)
+    async with serving(models, options, tls, refresh):
+        await stopped.wait()
+        _log.info("stopping: what waits is finished")
+
+
+@asynccontextmanager
+async def serving(
+    models: Sequence[Model],
+    options: ServingOptions,
+    tls: Tls | None = None,
+    refresh: Refresh | None = None,
+    admit: Admit | None = None,
+) -> AsyncIterator[InferenceServer]:
+    """A server that answers meanwhile.
 
     Args:
         models: to begin with.
         options: how.
         tls: certificate and key that it shows; None for no TLS.
         refresh: where models come from that are served in place of these; None for nowhere.
+        admit: asked about every caller; see `InferenceServer`.
+
+    Raises:
+        UsageError: as `InferenceServer.start` does.
     """
-    server, stopped = InferenceServer(options, tls), asyncio.Event()
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(sign, stopped.set)
-    refreshing = None
+    server, refreshing = InferenceServer(options, tls, admit), None
     try:
         await server.start(models)
         if refresh is not None:
             refreshing = asyncio.create_task(refresh.keep(server.install))
-        await stopped.wait()
-        _log.info("stopping: what waits is finished")
+        yield server
     finally:
         if refreshing is not None:
             refreshing.cancel()

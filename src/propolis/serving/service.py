@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn, Protocol
 
 import grpc
 
 from propolis.protos import inference_pb2 as pb
+from propolis.secure.errors import TrustError
 from propolis.serving.batching import Batcher
 from propolis.serving.faults import Fault, InferenceError
 from propolis.serving.model import Model, TensorSpec
@@ -29,20 +30,32 @@ _STATUSES = {
 _REFUSED_PARAMETERS = ("classification", "shared_memory_region")
 
 
+# Given a caller's certificate, PEM; raises TrustError for one who is not to be answered.
+Admit = Callable[[bytes], None]
+
+
 class Context(Protocol):
     """Of gRPC's context of a call, what is used here."""
 
     def time_remaining(self) -> float | None:
         """Seconds until the caller's deadline."""
 
+    def auth_context(self) -> Mapping[str, Sequence[bytes]]:
+        """What TLS found out about the caller."""
+
     async def abort(self, code: Any, details: str) -> NoReturn:
         """End the call with a status."""
 
 
 class InferenceService:
-    """Answers the protocol's calls from the models that it was given; belongs to one event loop."""
+    """Answers the protocol's calls from the models that it was given; belongs to one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        admit: asked about the certificate of every caller; None answers whoever can connect.
+    """
+
+    def __init__(self, admit: Admit | None = None) -> None:
+        self._admit = admit
         self._batchers: dict[str, Batcher] = {}
         self.is_ready = False
 
@@ -70,7 +83,7 @@ class InferenceService:
             "ModelInfer": (self._model_infer, pb.ModelInferRequest),
         }
         return grpc.method_handlers_generic_handler(
-            SERVICE, {name: _unary(answer, request) for name, (answer, request) in methods.items()}
+            SERVICE, {name: _unary(answer, request, self._admit) for name, (answer, request) in methods.items()}
         )
 
     def _find(self, name: str, asked: str) -> Batcher:
@@ -142,14 +155,20 @@ def _tensor(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
     return pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype, shape=shape)
 
 
-def _unary(answer: Callable[[Any, Context], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler:
+def _unary(
+    answer: Callable[[Any, Context], Awaitable[Any]], request: Any, admit: Admit | None
+) -> grpc.RpcMethodHandler:
     """A method's handler: what it raises for the caller becomes a status."""
 
     async def handle(message: Any, context: Context) -> Any:
         try:
+            if admit is not None:
+                admit(context.auth_context()["x509_pem_cert"][0])
             return await answer(message, context)
         except InferenceError as error:
             await context.abort(_STATUSES[error.fault], str(error))
+        except TrustError as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
 
     return grpc.unary_unary_rpc_method_handler(
         handle,

@@ -1,0 +1,126 @@
+"""A trained model comes home: released from the registry, sealed, and delivered to simulated devices over a real link.
+
+Every device has a folder, keys and a certificate of its own, and does what ``propolis client run`` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from propolis.client.deliveries import Deliveries, Taking
+from propolis.client.infer import open_installed, probe_of_this_device
+from propolis.client.keyholder import Keyholder
+from propolis.link.certificates import load_tls
+from propolis.link.spool import Spools
+from propolis.secure.errors import PropolisError
+from propolis.secure.identity import SigningKey
+from propolis.secure.manifest import Manifest
+from propolis.secure.release import delegate
+from propolis.server.convert_version import convert_version
+from propolis.server.delivery import Delivery
+from propolis.server.export import evaluate_model
+from propolis.server.link import LinkOptions, LinkServer
+from propolis.server.membership import Membership
+from propolis.server.post import Post
+from propolis.server.registry import Registry
+from propolis.server.registry_records import Version
+from propolis.server.release import Publisher, Terms, release_version
+from propolis.server.release_key import ReleaseKey
+from propolis.server.reports import Reports
+from propolis.server.rollout import start_rollout
+from propolis.server.shelf import Shelf
+from propolis.simulations.federation import device_folder, make_federation
+from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
+from propolis.task import check_task, load_task
+
+_DAY_S = 24 * 3600
+_LARGEST_MESSAGE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What became of a release.
+
+    Attributes:
+        manifest: what was released.
+        package_bytes: of the package that all devices fetch.
+        devices: that were to have it.
+        installed: that verified, tried and installed it.
+        seconds: from the first device's question to the last one's installation.
+        device_metrics: the task's metrics on its test set, by one device's installed model.
+    """
+
+    manifest: Manifest
+    package_bytes: int
+    devices: int
+    installed: int
+    seconds: float
+    device_metrics: dict[str, float]
+
+
+def deliver(registry: Registry, version: Version, task: str, data: str | None, devices: int) -> Delivered:
+    """Release a version and deliver it to so many simulated devices.
+
+    Args:
+        registry: that the version is in.
+        version: of the model; it is converted where it was not yet.
+        task: reference of the one that it solves.
+        data: folder with the task's data, where it reads one.
+        devices: how many.
+
+    Raises:
+        UsageError: the model cannot be converted, or what that needs is not installed.
+        PropolisError: not every device has installed it.
+    """
+    if not version.artifacts:
+        version, _ = convert_version(registry, version, task, Path(data) if data else None)
+    with TemporaryDirectory(prefix="propolis-") as name:
+        folder, package = Path(name), Path(name) / "package"
+        server = folder / SERVER_FOLDER
+        manifest = release_version(registry, version, _publisher(folder, devices, version.model), Terms(), package)
+        start_rollout(server, package, 100)
+        began = time.monotonic()
+        with _served(server) as address:
+            taken = asyncio.run(_look(folder, devices, address))
+        seconds = time.monotonic() - began
+        installed = sum(found == [manifest] for found in taken)
+        if installed < devices:
+            raise PropolisError(f"{installed} of {devices} devices have installed the model: the log says why")
+        first = device_folder(folder, 0)
+        model = open_installed(first, Keyholder.load(first)).choice.model
+        loaded = load_task(task, data)
+        metrics = evaluate_model(loaded, model, check_task(loaded).test)
+        return Delivered(manifest, package.stat().st_size, devices, installed, seconds, metrics)
+
+
+def _publisher(folder: Path, devices: int, model: str) -> Publisher:
+    """Found a federation of devices that have enrolled, with a release key."""
+    federation = make_federation(devices)
+    write_linked_federation(federation, folder)
+    key = SigningKey.generate()
+    delegation = delegate(federation.root, 1, key.public, time.time(), _DAY_S, (model,))
+    return Publisher.of(folder / SERVER_FOLDER, ReleaseKey(key, delegation), model)
+
+
+@contextmanager
+def _served(server: Path) -> Iterator[str]:
+    """A server that delivers, on loopback; its address."""
+    membership = Membership(server)
+    delivery = Delivery(Shelf(server, membership), membership, Reports(server))
+    options = LinkOptions("127.0.0.1:0", 2, {}, largest_message=_LARGEST_MESSAGE)
+    post = Post(_LARGEST_MESSAGE, Spools())
+    with LinkServer(options, load_tls(server), membership, post, delivery=delivery) as link:
+        yield f"127.0.0.1:{link.port}"
+
+
+async def _look(folder: Path, devices: int, address: str) -> Sequence[list[Manifest]]:
+    """Let every device ask, at once; what each of them installed."""
+    taking = Taking(address, probe=probe_of_this_device())
+    homes = [device_folder(folder, index) for index in range(devices)]
+    return await asyncio.gather(*(Deliveries(home, load_tls(home), taking).look() for home in homes))
