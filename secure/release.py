@@ -45,10 +45,7 @@ class Delegation:
 
     def require_valid(self, now: float) -> None:
         """Refuse a key whose time is not now; `now` is in seconds since 1970."""
-        if now < self.not_before:
-            raise TrustError(Refusal.RELEASE_KEY, f"the release key {self.serial} is not valid yet")
-        if now > self.not_after:
-            raise TrustError(Refusal.RELEASE_KEY, f"the release key {self.serial} has expired")
+        require_in_time(Refusal.RELEASE_KEY, f"the release key {self.serial}", self.not_before, self.not_after, now)
 
     def require_model(self, name: str) -> None:
         """Refuse a model that this key may not release."""
@@ -77,8 +74,7 @@ def delegate(
         raise UsageError(f"a release key is for all models or for {_MOST_MODELS} at most, got {len(models)}")
     for name in models:
         require_model_name(name)
-    begin = max(0, int(now) - CLOCK_SKEW_S)
-    delegation = Delegation(root.federation, serial, public_key, begin, int(now) + lifetime_s, models)
+    delegation = Delegation(root.federation, serial, public_key, *lifetime(now, lifetime_s), models)
     return root.sign(labels.DELEGATION, delegation, pb.Delegation)
 
 
@@ -98,11 +94,29 @@ def verify_delegation(root_key: bytes, roster: TrustedRoster, signed: Signed) ->
     delegation = verify(
         labels.DELEGATION, root_key, signed, Delegation, pb.Delegation, refusal, limit=_LARGEST_DELEGATION
     )
-    if delegation.federation != roster.roster.federation:
-        raise TrustError(refusal, "the release key is another federation's")
-    if delegation.serial in roster.roster.revoked_releases:
-        raise TrustError(refusal, f"the release key {delegation.serial} is revoked")
+    require_standing(refusal, "the release key", delegation.federation, delegation.serial, roster)
     return delegation
+
+
+def require_in_time(refusal: Refusal, what: str, not_before: int, not_after: int, now: float) -> None:
+    """Refuse what the root delegated to for another time; `now` is in seconds since 1970."""
+    if now < not_before:
+        raise TrustError(refusal, f"{what} is not valid yet")
+    if now > not_after:
+        raise TrustError(refusal, f"{what} has expired")
+
+
+def require_standing(refusal: Refusal, what: str, federation: bytes, serial: int, roster: TrustedRoster) -> None:
+    """Refuse what the root of another federation delegated to, or what the roster revokes by its serial."""
+    if federation != roster.roster.federation:
+        raise TrustError(refusal, f"{what} is another federation's")
+    if serial in roster.roster.revoked_releases:
+        raise TrustError(refusal, f"{what} {serial} is revoked")
+
+
+def lifetime(now: float, lifetime_s: int) -> tuple[int, int]:
+    """From when until when a delegation of now holds, in seconds since 1970."""
+    return max(0, int(now) - CLOCK_SKEW_S), int(now) + lifetime_s
 
 
 def is_model_name(name: str) -> bool:
