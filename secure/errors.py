@@ -66,6 +66,8 @@ class Refusal(IntEnum):
     EXPIRED = 23  # a manifest whose time is over
     ROLLED_BACK = 24  # a package that is not newer than one already trusted
     PROBE = 25  # a model that does not run, or not as it should, on the golden batch
+    HE_KEY = 26  # a key of homomorphic encryption that no delegated holder stands behind, or that is another one
+    CIPHERTEXT = 27  # an encrypted sum that is not that of the devices it is said to be of
 
     @property
     def reason(self) -> str:

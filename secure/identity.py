@@ -94,7 +94,7 @@ class RosterEntry:
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """All the invitations by index, and the release keys that are revoked by serial, signed by the root.
+    """All the invitations by index, and by serial the revoked keys that the root delegated to, signed by the root.
 
     `number` rises with every change.
     """
@@ -119,7 +119,7 @@ class Roster:
         return replace(self, number=self.number + 1, entries=entries)
 
     def revoking_release(self, serial: int) -> Roster:
-        """The next roster, with a release key revoked."""
+        """The next roster, with a release key, or a holder of keys of homomorphic encryption, revoked."""
         return replace(self, number=self.number + 1, revoked_releases=(*self.revoked_releases, serial))
 
     def lasting(self, not_after: int) -> Roster:

@@ -47,6 +47,14 @@ WRAPPED_KEY = b"propolis/1 wrapped key"
 ROLLOUT = b"propolis/1 rollout"
 ANNOUNCEMENT = b"propolis/1 announced key"
 HYBRID_KEY = b"propolis/1 hybrid key"
+HE_PARAMETERS = b"propolis/1 he parameters"
+HE_KEY = b"propolis/1 he key"
+HE_SECRET = b"propolis/1 he secret"
+HE_HOLDER = b"propolis/1 he key holder"
+HE_STATEMENT = b"propolis/1 he key statement"
+HE_SEALED = b"propolis/1 he sealed key"
+HE_COEFFICIENTS = b"propolis/1 he tag coefficients"
+HE_OFFSETS = b"propolis/1 he tag offsets"
 
 
 def digest(label: bytes, *parts: bytes | memoryview) -> bytes:
