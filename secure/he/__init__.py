@@ -1,1 +1,1 @@
-"""Homomorphic encryption of sums (design: docs/adr/0013-homomorphic-encryption.md)."""
+"""Homomorphic encryption of sums (design: docs/adr/0014-homomorphic-encryption.md)."""
