@@ -42,11 +42,14 @@ from propolis.secure.envelope import SEALED_CHUNK_BYTES
 from propolis.secure.errors import PropolisError, Refusal, RefusedError, TrustError
 from propolis.secure.wire import decode, encode
 from propolis.server.membership import Membership
+from propolis.server.patience import Patience
 from propolis.server.reports import Report, Reports
 from propolis.server.shelf import NotOnOfferError, Shelf
 
 # Of one device, which needs one and may not have noticed that another was cut.
 _MOST_FETCHES = 2
+# An honest device asks a handful of times for each release.
+_MOST_ASKED, _ASKED_IN_S = 200, 10.0
 # A device that takes longer for a chunk has gone, or keeps the server's memory on purpose.
 _LONGEST_WRITE_S = 60.0
 # Pieces in memory for devices that are quick to take them; one that is not gives its turn to another.
@@ -71,6 +74,7 @@ class Delivery:
     def __init__(self, shelf: Shelf, membership: Membership, reports: Reports, rate: float = 0) -> None:
         self._shelf, self._membership, self._reports = shelf, membership, reports
         self._rate = Rate(rate)
+        self._patience = Patience(_MOST_ASKED, _ASKED_IN_S)
         self._sending = asyncio.Semaphore(_MOST_SENDING)
         self._fetches: Counter[int] = Counter()
 
@@ -182,12 +186,14 @@ class Delivery:
         await asyncio.wait_for(write, _LONGEST_WRITE_S)
 
     def _asker(self, context: Any) -> DeviceName:
-        """Who asks, when it may; raises TrustError."""
+        """Who asks, when it may; raises TrustError, or _BusyError when it did too often."""
         try:
             name = DeviceName.of(context.auth_context()["x509_pem_cert"][0])
         except KeyError:
             raise TrustError(Refusal.IDENTITY, "no certificate") from None
         self._membership.require(name)
+        if self._patience.ends(name.index):
+            raise _BusyError(f"device {name.index} asked more than {_MOST_ASKED} times in {_ASKED_IN_S:g} s")
         return name
 
 

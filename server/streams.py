@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +30,7 @@ from propolis.link.frames import (
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TrustError, UsageError
 from propolis.secure.wire import FORMAT_VERSION
 from propolis.server.membership import Membership
+from propolis.server.patience import Patience
 from propolis.server.post import Post
 
 _HELLO_S, FAREWELL_S = 10.0, 2.0
@@ -77,7 +77,7 @@ class Streams:
         self._open: dict[int, _Stream] = {}
         self._every: set[_Stream] = set()  # those too whose device has a newer one
         self._checked = (membership.roster.number, time.monotonic())
-        self._hellos: dict[int, deque[float]] = {}
+        self._patience = Patience(_MOST_HELLOS, _HELLOS_IN_S)
 
     def wake(self, node_ids: Iterable[int]) -> None:
         """There is something to send to these devices."""
@@ -140,18 +140,12 @@ class Streams:
             raise _RefusedStreamError(Reason.VERSION, f"version {hello.version} of the link; this is {FORMAT_VERSION}")
         if hello.node_id != name.node_id:
             raise _RefusedStreamError(Reason.IDENTITY, "the node id is not that of the certificate")
-        self._require_patience(name)
+        if self._patience.ends(name.index):
+            raise _RefusedStreamError(Reason.UNSURE, f"more than {_MOST_HELLOS} connections in {_HELLOS_IN_S:g} s")
         self._membership.require(name)
         if (fault := clock_fault(hello.clock, time.time())) is not None:
             raise _RefusedStreamError(Reason.CLOCK, fault)
         return _Stream(name, hello)
-
-    def _require_patience(self, name: DeviceName) -> None:
-        """A device that connects again and again costs the others nothing but this."""
-        now, recent = time.monotonic(), self._hellos.setdefault(name.index, deque(maxlen=_MOST_HELLOS))
-        if len(recent) == _MOST_HELLOS and now - recent[0] < _HELLOS_IN_S:
-            raise _RefusedStreamError(Reason.UNSURE, f"more than {_MOST_HELLOS} connections in {_HELLOS_IN_S:g} s")
-        recent.append(now)
 
     async def _read(self, stream: _Stream, context: Any) -> None:
         with suppress(asyncio.CancelledError):

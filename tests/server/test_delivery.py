@@ -296,6 +296,21 @@ def test_one_device_fetches_twice_at_most(site: Site) -> None:
             call.cancel()
 
 
+def test_a_device_that_asks_again_and_again_is_put_off_and_the_others_are_not(site: Site) -> None:
+    with site.serving():
+        with site.stub(1) as stub:
+
+            def ask_again_and_again() -> None:
+                for _ in range(300):
+                    stub.Look(message_of(LookRequest(())))
+
+            with pytest.raises(grpc.RpcError) as busy:
+                ask_again_and_again()
+        assert busy.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        site.release(1)
+        assert len(site.look(0)) == 1
+
+
 def test_a_server_without_models_and_no_server_are_said_in_a_line(site: Site) -> None:
     with pytest.raises(NotDeliveredError, match=r"(?i)connect|refused|unavailable"):
         site.look(address="127.0.0.1:1")

@@ -21,7 +21,6 @@ LISTEN, METRICS = "127.0.0.1:8001", "127.0.0.1:8002"
 _LARGEST_MB = 1024
 _NOWHERE = "none"
 
-
 ListenFlag = Annotated[str, typer.Option("--listen", metavar="HOST:PORT", help="Where callers connect (gRPC).")]
 MetricsFlag = Annotated[
     str, typer.Option("--metrics", metavar="HOST:PORT", help="Where Prometheus reads /metrics (HTTP), or none.")
@@ -47,31 +46,6 @@ TlsPassphraseFlag = Annotated[
 LogFormatFlag = Annotated[
     str, typer.Option("--log-format", help="How the log is written to standard error: text or json.")
 ]
-
-
-def serve_command(
-    models: Annotated[
-        list[str], typer.Option("--model", metavar="NAME=FILE", help="An ONNX file and its name; may be repeated.")
-    ],
-    listen: ListenFlag = LISTEN,
-    metrics: MetricsFlag = METRICS,
-    max_batch: MaxBatchFlag = 32,
-    max_delay_ms: MaxDelayFlag = 0,
-    queue: QueueFlag = 256,
-    threads: ThreadsFlag = 1,
-    largest_message: LargestMessageFlag = 4,
-    tls: TlsFlag = None,
-    require_certificate: RequireCertificateFlag = False,
-    passphrase_file: TlsPassphraseFlag = None,
-    log_format: LogFormatFlag = "text",
-) -> None:
-    """Answer requests for inference (Open Inference Protocol v2, as Triton and KServe), until SIGTERM or Ctrl-C."""
-    flags = ServingFlags(
-        listen, metrics, max_batch, max_delay_ms, queue, largest_message, tls, require_certificate, passphrase_file
-    )
-    named = [name_and_file(text) for text in models]
-    flags.begin(log_format)
-    flags.run(load_files(named, threads))
 
 
 @dataclass(frozen=True, slots=True)
