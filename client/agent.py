@@ -39,6 +39,7 @@ from propolis.secure.wire import FORMAT_VERSION
 
 _WELCOME_S, _FAREWELL_S = 20.0, 1.0
 _MISSED_BEATS = 3
+_REUNION_S = 30.0
 # A connection that lasts as long was a good one; after shorter ones the pauses grow, or a thousand devices that are
 # welcomed and lost again would knock all the time.
 _STABLE_S = 10.0
@@ -199,7 +200,8 @@ class Agent:
         self._worker.submit(partial(self._runner.run_is, welcome.run_id, config))
         self.connections += 1
         self._said = ""
-        self._news(0.0)  # whatever there was while nobody was connected
+        # Whatever there was while nobody was connected; where all connect again at once, they do not all ask at once.
+        self._news(_REUNION_S if self.connections > 1 else 0.0)
         _log.info("connected", extra={"server": self._options.server})
 
     async def _converse(self, call: Any, welcome: Welcome) -> Farewell:

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,32 +16,34 @@ from pathlib import Path
 import grpc.aio
 
 from propolis.client.fetch import Fetcher, NotDeliveredError
-from propolis.client.hybrid import announcement_of
-from propolis.client.incoming import Incoming, remove_others
+from propolis.client.hybrid import announcement_under
+from propolis.client.incoming import Incoming, begun, remove_others
 from propolis.client.install import LARGEST_MODEL, Installer, Status
 from propolis.client.keyholder import Keyholder
 from propolis.client.probe import Probe
 from propolis.client.seal import Seal
-from propolis.client.slots import records
+from propolis.client.slots import installed_releases
 from propolis.client.state import FileStore
 from propolis.link.certificates import Tls
 from propolis.link.delivery import Release
 from propolis.link.options import DEVICE_OPTIONS, credentials_of
 from propolis.link.rate import Rate
-from propolis.secure.errors import PropolisError, Refusal, RefusedError, TrustError, UsageError
+from propolis.package import Header
+from propolis.secure.errors import PropolisError, Refusal, RefusedError, TrustError
 from propolis.secure.identity import trusted_roster
 from propolis.secure.manifest import Manifest
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.policy import Policy
+from propolis.storage import alone
+from propolis.threads import in_daemon_thread
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 900.0
+_LOCK = "deliveries.lock"
+_LEAST_PAUSE_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 5.0, 900.0
+# A release that failed for a reason that may pass, such as a disk, or a processor that was busy while it was tried.
+_MOST_TRIES = 3
+_REPORTS_S = 20.0
+_MOST_REMEMBERED = 4096
 _log = logging.getLogger("propolis.client")
-
-
-def _roster_number(device: Device) -> int:
-    """Of the newest roster that a device has seen; 0 where it has seen none."""
-    state = device.state
-    return 0 if state.roster is None else trusted_roster(state.root_key, state.roster).number
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +73,22 @@ class Deliveries:
         tls: its certificate and key.
         taking: what it takes.
         passphrase: of its state.
-        installed: hears of every model that was installed.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        tls: Tls,
-        taking: Taking,
-        passphrase: bytes | None = None,
-        installed: Callable[[Manifest], None] = lambda _: None,
-    ) -> None:
-        self._folder, self._tls, self._taking, self._passphrase = folder, tls, taking, passphrase
+    def __init__(self, folder: Path, tls: Tls, taking: Taking, passphrase: bytes | None = None) -> None:
+        self._folder, self._tls, self._taking = folder, tls, taking
+        self._seal = None if passphrase is None else Seal(passphrase)
         self._rate = Rate(taking.rate)
-        self._told = installed
         self._news = asyncio.Event()
-        self._spread = 0.0
-        self._refused: set[bytes] = set()
+        self._due: float | None = None
+        self._tried: Counter[bytes] = Counter()  # by the manifest of a release
+        self._said = ""
+        self._looked = -_LEAST_PAUSE_S
 
     def news(self, spread_s: float = 0.0) -> None:
         """There may be something new: ask within this time; called on the loop that `run` runs on."""
-        self._spread = max(self._spread, spread_s)
+        due = time.monotonic() + random.uniform(0, spread_s)  # noqa: S311
+        self._due = due if self._due is None else min(self._due, due)
         self._news.set()
 
     async def run(self) -> None:
@@ -100,12 +98,15 @@ class Deliveries:
             await self._wait(tries)
             try:
                 await self.look()
-                tries = 0
+                tries, self._said = 0, ""
             except NotDeliveredError as error:
-                _log.log(logging.DEBUG if error.is_final else logging.INFO, "no models: %s", error)
+                self._say(f"no models: {error}")
                 tries = 0 if error.is_final else tries + 1
             except PropolisError as error:
-                _log.warning("no models: %s", error)
+                self._say(f"no models: {error}")
+                tries += 1
+            except Exception:  # a bug, of ours or of a library: the device goes on, and hears of revocations
+                _log.exception("no models")
                 tries += 1
 
     async def look(self) -> list[Manifest]:
@@ -116,97 +117,158 @@ class Deliveries:
 
         Raises:
             NotDeliveredError: the server cannot be reached, or does not give what it offers.
-            PropolisError: a model could not be taken, for now; those that are refused are only logged.
+            PropolisError: something could not be taken, for now; the rest has been. What is refused is only logged.
         """
         credentials = credentials_of(self._tls)
-        async with grpc.aio.secure_channel(self._taking.server, credentials, options=DEVICE_OPTIONS) as channel:
-            fetcher = Fetcher(channel, self._rate)
-            seen = await fetcher.look(await asyncio.to_thread(self._installed))
-            await self._take_roster(fetcher, seen.roster)
-            if seen.announce:
-                await self._announce(fetcher)
-            await asyncio.to_thread(remove_others, self._folder, [offer.manifest for offer in seen.offers])
-            taken = [await self._take(fetcher, offer) for offer in seen.offers if offer.manifest not in self._refused]
-            return [manifest for manifest in taken if manifest is not None]
+        with alone(self._folder / _LOCK, f"another process fetches models into {self._folder}"):
+            async with grpc.aio.secure_channel(self._taking.server, credentials, options=DEVICE_OPTIONS) as channel:
+                return await self._look(Fetcher(channel, self._rate))
+
+    async def _look(self, fetcher: Fetcher) -> list[Manifest]:
+        installed = await asyncio.to_thread(installed_releases, self._folder)
+        seen = await fetcher.look(installed, await asyncio.to_thread(begun, self._folder))
+        faults = [await _fault_of(self._take_roster(fetcher, seen.roster))]
+        if seen.announce:
+            faults.append(await _fault_of(self._announce(fetcher)))
+        wanted = [offer for offer in seen.offers if offer not in installed and not self._is_given_up(offer)]
+        unwanted = [offer.manifest for offer in (*installed, *seen.offers) if offer not in wanted]
+        kept = [offer.manifest for offer in wanted]
+        faults.append(await _fault_of(asyncio.to_thread(remove_others, self._folder, kept, unwanted)))
+        taken = list[Manifest]()
+        each_model = {offer.name: offer for offer in wanted}.values()
+        faults += [await _fault_of(self._take(fetcher, offer, taken)) for offer in each_model]
+        for fault in faults:
+            if fault is not None:
+                raise fault
+        return taken
 
     async def _wait(self, tries: int) -> None:
-        """For news, and then for a random part of its time; or, after a failure, for longer and longer."""
-        pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(tries, 16)) if tries else None
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), pause)
-        self._news.clear()
-        spread, self._spread = self._spread, 0.0
-        await asyncio.sleep(random.uniform(0, spread))  # noqa: S311
+        """Until it is time: news comes at a random moment of theirs, what failed is tried later and later."""
+        if tries:
+            pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(tries, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
+            again = time.monotonic() + pause
+            self._due = again if self._due is None else min(self._due, again)
+        while self._due is None or self._due > time.monotonic():
+            self._news.clear()
+            with suppress(TimeoutError):
+                left = None if self._due is None else self._due - time.monotonic()
+                await asyncio.wait_for(self._news.wait(), left)
+        await asyncio.sleep(max(0.0, self._looked + _LEAST_PAUSE_S - time.monotonic()))
+        self._due, self._looked = None, time.monotonic()
 
-    def _installed(self) -> list[Release]:
-        found = []
-        for name, record in records(self._folder).items():
-            if record.current is not None:
-                found.append(Release(name, record.current.release.sequence, record.current.release.manifest))
-        return found
+    def _say(self, text: str) -> None:
+        """A line of the log, once for each reason in a row."""
+        _log.log(logging.DEBUG if text == self._said else logging.WARNING, "%s", text)
+        self._said = text
+
+    def _is_given_up(self, release: Release) -> bool:
+        return self._tried[release.manifest] >= _MOST_TRIES
+
+    def _give_up(self, release: Release) -> None:
+        if len(self._tried) > _MOST_REMEMBERED:  # a server could make up any number of them
+            self._tried.clear()
+        self._tried[release.manifest] = _MOST_TRIES
 
     async def _take_roster(self, fetcher: Fetcher, offered: int) -> None:
         """Take over a newer roster, which says who is revoked; a server that has only an older one is not believed."""
-        seal = None if self._passphrase is None else Seal(self._passphrase)
-        store = FileStore(self._folder, Policy(), seal)
-        if offered <= await asyncio.to_thread(store.change, _roster_number):
+        store = FileStore(self._folder, Policy(), self._seal)
+        before = await asyncio.to_thread(store.change, _roster_number)
+        if offered <= before:
             return
         roster = await fetcher.roster()
         try:
             await asyncio.to_thread(store.change, lambda device: device.take_roster(roster))
         except TrustError as error:
-            _log.warning("the server's roster is not taken: %s", error)
-        self._refused.clear()
+            self._say(f"the server's roster is not taken: {error}")
+            return
+        if await asyncio.to_thread(store.change, _roster_number) > before:
+            self._tried.clear()
 
     async def _announce(self, fetcher: Fetcher) -> None:
         """Let post-quantum packages be sealed to this device; it takes the others where that does not work."""
         try:
-            await fetcher.announce(await asyncio.to_thread(announcement_of, self._folder, self._passphrase))
-        except UsageError as error:
-            _log.info("no post-quantum key is announced: %s", error)
-        except NotDeliveredError as error:
-            _log.warning("the server does not take this device's post-quantum key: %s", error)
+            await fetcher.announce(await asyncio.to_thread(announcement_under, self._folder, self._seal))
+        except PropolisError as error:
+            _log.warning("no post-quantum key is announced: %s", error)
 
-    async def _take(self, fetcher: Fetcher, release: Release) -> Manifest | None:
-        """Fetch and install a release; None where it is there already, or was refused."""
-        if release in await asyncio.to_thread(self._installed):
-            return None
+    async def _take(self, fetcher: Fetcher, release: Release, taken: list[Manifest]) -> None:
+        """Fetch and install a release, and add it to those that were taken."""
         statuses: asyncio.Queue[Status | None] = asyncio.Queue()
-        reporter = asyncio.create_task(self._report(fetcher, release, statuses))
+        reporter = asyncio.create_task(_report(fetcher, release, statuses))
         loop = asyncio.get_running_loop()
 
         def tell(status: Status | None) -> None:
-            loop.call_soon_threadsafe(statuses.put_nowait, status)
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(statuses.put_nowait, status)
 
         try:
             manifest = await self._install(fetcher, release, tell)
-        except RefusedError as error:  # an older one is offered again where the newer was stopped
-            level = logging.DEBUG if error.refusal is Refusal.ROLLED_BACK else logging.WARNING
-            _log.log(level, "%s is refused: %s", release, error)
-            self._refused.add(release.manifest)
-            return None
+            _log.info("installed %s", release)
+            taken.append(manifest)
         finally:
             tell(None)
-            await reporter
-        _log.info("installed %s", release)
-        self._told(manifest)
-        return manifest
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                reporter.cancel()
+            await asyncio.wait({reporter}, timeout=_REPORTS_S)
+            reporter.cancel()
 
     async def _install(self, fetcher: Fetcher, release: Release, tell: Callable[[Status], None]) -> Manifest:
-        device = await asyncio.to_thread(Keyholder.load, self._folder, self._passphrase)
+        device = await asyncio.to_thread(Keyholder.under, self._folder, self._seal)
         taking = self._taking
         installer = Installer(self._folder, device, taking.probe, largest=taking.largest, tell=tell)
         opened = await fetcher.open(release)
-        await asyncio.to_thread(installer.require_acceptable, opened.header, time.time(), release)
+        await self._require_acceptable(installer, opened.header, release)
         with await asyncio.to_thread(Incoming, self._folder, opened.header) as incoming:
             await fetcher.fetch(release, incoming)
+        self._tried[release.manifest] += 1
         install = partial(installer.install, name=release.name, store_plain=taking.store_plain)
-        manifest = await asyncio.to_thread(install, incoming.path, opened.key, time.time())
-        await asyncio.to_thread(incoming.path.unlink, missing_ok=True)
+        manifest = await in_daemon_thread(partial(install, incoming.path, opened.key, time.time()), "propolis-install")
+        with suppress(OSError):  # it is swept the next time
+            await asyncio.to_thread(incoming.path.unlink)
         return manifest
 
-    async def _report(self, fetcher: Fetcher, release: Release, statuses: asyncio.Queue[Status | None]) -> None:
-        """Tell the server; where that fails, the next look says what is installed."""
-        while (status := await statuses.get()) is not None:
-            with suppress(NotDeliveredError):
-                await fetcher.report(release, status.outcome, status.reason)
+    async def _require_acceptable(self, installer: Installer, header: Header, release: Release) -> None:
+        """Look at what is signed; what that says of a release does not pass."""
+        try:
+            await asyncio.to_thread(installer.require_acceptable, header, time.time(), release)
+        except RefusedError as error:
+            self._give_up(release)
+            if error.refusal is Refusal.ROLLED_BACK:  # where a newer one was stopped, an older one is offered again
+                raise _RefusedForGoodError(logging.DEBUG, f"{release} is not taken: {error}") from None
+            raise _RefusedForGoodError(logging.WARNING, f"{release} is refused: {error}") from None
+
+
+class _RefusedForGoodError(PropolisError):
+    """There is nothing to do about a release."""
+
+    def __init__(self, level: int, text: str) -> None:
+        super().__init__(text)
+        self.level = level
+
+
+async def _fault_of(step: Awaitable[None]) -> PropolisError | None:
+    """What kept one step from being done; the others are done all the same."""
+    try:
+        await step
+    except _RefusedForGoodError as error:
+        _log.log(error.level, "%s", error)
+    except PropolisError as error:
+        return error
+    except Exception as error:
+        _log.exception("no models")
+        return PropolisError(f"unexpected: {type(error).__name__}")
+    return None
+
+
+async def _report(fetcher: Fetcher, release: Release, statuses: asyncio.Queue[Status | None]) -> None:
+    """Tell the server; where that fails, the next look says what is installed."""
+    while (status := await statuses.get()) is not None:
+        with suppress(PropolisError):
+            await fetcher.report(release, status.outcome, status.reason)
+
+
+def _roster_number(device: Device) -> int:
+    """Of the newest roster that a device has seen; 0 where it has seen none."""
+    state = device.state
+    return 0 if state.roster is None else trusted_roster(state.root_key, state.roster).number

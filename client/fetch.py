@@ -7,12 +7,13 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
 
 from propolis.link.delivery import (
+    SERVICE,
     AnnounceReply,
     AnnounceRequest,
     FetchRequest,
@@ -27,12 +28,13 @@ from propolis.link.delivery import (
     ReportRequest,
     RosterRequest,
 )
+from propolis.link.frames import LARGEST_FRAME
 from propolis.link.rate import Rate
-from propolis.protos import identity_pb2, model_pb2_grpc
+from propolis.protos import identity_pb2
 from propolis.protos import model_pb2 as pb
 from propolis.secure.errors import PeerError, PropolisError, Refusal
 from propolis.secure.identity import Signed
-from propolis.secure.wire import decode, fill, read
+from propolis.secure.wire import decode, encode
 
 T = TypeVar("T")
 
@@ -40,7 +42,7 @@ _ANSWER_S = 30.0
 # Of one piece; the server may let many devices share little bandwidth.
 _PIECE_S = 300.0
 _TRIES, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 8, 0.5, 30.0
-_LARGEST_ROSTER = 2**27
+_LARGEST_ROSTER, _ROSTER_S = 2**26, 600.0
 _FINAL = frozenset(
     {
         grpc.StatusCode.PERMISSION_DENIED,
@@ -77,7 +79,7 @@ class Arriving(Protocol):
 
 
 class Fetcher:
-    """Asks one server.
+    """Asks one server; what it answers is bytes until our own code has looked at them.
 
     Args:
         channel: to it, with this device's certificate.
@@ -85,35 +87,32 @@ class Fetcher:
     """
 
     def __init__(self, channel: grpc.aio.Channel, rate: Rate) -> None:
-        self._stub: Any = model_pb2_grpc.DeliveryStub(channel)
-        self._rate = rate
+        self._channel, self._rate = channel, rate
 
-    async def look(self, installed: Sequence[Release]) -> LookReply:
+    async def look(self, installed: Sequence[Release], begun: Sequence[Release] = ()) -> LookReply:
         """What is on offer for this device; raises NotDeliveredError, or PeerError when the answer is malformed."""
-        return await self._ask(self._stub.Look, LookRequest(tuple(installed)), pb.LookRequest, LookReply)
+        return await self._ask("Look", LookRequest(tuple(installed), tuple(begun)), LookReply)
 
     async def announce(self, announcement: Signed) -> None:
         """Announce the device's hybrid key; raises as `look` does."""
-        await self._ask(self._stub.Announce, AnnounceRequest(announcement), pb.AnnounceRequest, AnnounceReply)
+        await self._ask("Announce", AnnounceRequest(announcement), AnnounceReply)
 
     async def open(self, release: Release) -> OpenReply:
         """The header of a package and the key to it; raises as `look` does."""
-        return await self._ask(self._stub.Open, OpenRequest(release), pb.OpenRequest, OpenReply)
+        return await self._ask("Open", OpenRequest(release), OpenReply)
 
     async def report(self, release: Release, outcome: Outcome, reason: str = "") -> None:
         """Say how far a release got; raises as `look` does."""
-        said = ReportRequest(release, int(outcome), reason)
-        await self._ask(self._stub.Report, said, pb.ReportRequest, ReportReply)
+        await self._ask("Report", ReportRequest(release, int(outcome), reason), ReportReply)
 
     async def roster(self) -> Signed:
         """The server's newest roster, which nobody has checked; raises as `look` does."""
-        data = bytearray()
-        async with aclosing(self._pieces(self._stub.FetchRoster, RosterRequest(), pb.RosterRequest)) as pieces:
-            async for piece in pieces:
-                data += piece
-                if len(data) > _LARGEST_ROSTER:
-                    raise PeerError(Refusal.MALFORMED, f"the server's roster has more than {_LARGEST_ROSTER} bytes")
-        return decode(Signed, bytes(data), identity_pb2.Signed, _LARGEST_ROSTER)
+        try:
+            return decode(
+                Signed, await asyncio.wait_for(self._roster(), _ROSTER_S), identity_pb2.Signed, _LARGEST_ROSTER
+            )
+        except TimeoutError:
+            raise NotDeliveredError(f"the roster did not come within {_ROSTER_S:g} s", is_final=False) from None
 
     async def fetch(self, release: Release, incoming: Arriving) -> None:
         """The chunks of a package that are missing; again and again, for as long as some come.
@@ -139,8 +138,7 @@ class Fetcher:
                 await _pause(tries, error)
 
     async def _fetch_on(self, release: Release, incoming: Arriving) -> None:
-        asked = FetchRequest(release, incoming.next)
-        async with aclosing(self._pieces(self._stub.Fetch, asked, pb.FetchRequest)) as pieces:
+        async with aclosing(self._pieces("Fetch", FetchRequest(release, incoming.next))) as pieces:
             async for piece in pieces:
                 if incoming.is_whole:
                     raise PeerError(Refusal.PACKAGE, f"{release} is longer than its header says")
@@ -149,21 +147,28 @@ class Fetcher:
         if not incoming.is_whole:
             raise NotDeliveredError(f"{release} was cut after {incoming.next} chunks", is_final=False)
 
-    async def _ask(self, method: Any, asked: object, proto: type, reply: type[T]) -> T:
-        message = proto()
-        fill(asked, message)
+    async def _roster(self) -> bytes:
+        data = bytearray()
+        async with aclosing(self._pieces("FetchRoster", RosterRequest())) as pieces:
+            async for piece in pieces:
+                data += piece
+                if len(data) > _LARGEST_ROSTER:
+                    raise PeerError(Refusal.MALFORMED, f"the server's roster has more than {_LARGEST_ROSTER} bytes")
+        return bytes(data)
+
+    async def _ask(self, method: str, asked: object, reply: type[T]) -> T:
+        call = self._channel.unary_unary(f"/{SERVICE}/{method}")
         try:
-            return read(reply, await method(message, timeout=_ANSWER_S))
+            answer = await call(encode(asked, getattr(pb, type(asked).__name__)), timeout=_ANSWER_S)
         except grpc.aio.AioRpcError as error:
             raise _not_delivered(error) from None
+        return decode(reply, answer, getattr(pb, reply.__name__), LARGEST_FRAME)
 
-    async def _pieces(self, method: Any, asked: object, proto: type) -> AsyncGenerator[bytes, None]:
-        message = proto()
-        fill(asked, message)
-        call = method(message)
+    async def _pieces(self, method: str, asked: object) -> AsyncGenerator[bytes, None]:
+        call = self._channel.unary_stream(f"/{SERVICE}/{method}")(encode(asked, getattr(pb, type(asked).__name__)))
         try:
-            while (piece := await asyncio.wait_for(call.read(), _PIECE_S)) is not grpc.aio.EOF:
-                yield read(Piece, piece).data
+            while (data := await asyncio.wait_for(call.read(), _PIECE_S)) is not grpc.aio.EOF:
+                yield decode(Piece, data, pb.Piece, LARGEST_FRAME).data
             if await call.code() is not grpc.StatusCode.OK:
                 raise NotDeliveredError(await call.details(), await call.code() in _FINAL)
         except grpc.aio.AioRpcError as error:

@@ -36,7 +36,11 @@ def announcement_of(folder: Path, passphrase: bytes | None = None) -> Signed:
         UsageError: there is no ML-KEM on this machine, or others may read the key.
         StorageError: the state or the key cannot be read or kept, as with another passphrase.
     """
-    seal = None if passphrase is None else Seal(passphrase)
+    return announcement_under(folder, None if passphrase is None else Seal(passphrase))
+
+
+def announcement_under(folder: Path, seal: Seal | None) -> Signed:
+    """`announcement_of` with what the device's files are under."""
     return announcement_by(FileStore(folder, Policy(), seal).change(lambda device: device.state), folder, seal)
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from propolis.link.delivery import MOST_OFFERS, Release
 from propolis.package import Header, Package
+from propolis.protos import model_pb2
 from propolis.secure.content import require_chunk
 from propolis.secure.errors import PropolisError, StorageError, TrustError, UsageError
 from propolis.secure.identity import DIGEST_BYTES
+from propolis.secure.manifest import Manifest
+from propolis.secure.wire import decode
 
 INCOMING_FOLDER = "incoming"
+# Room that a download leaves: training keeps its state on the same disk.
+_MARGIN_BYTES = 16 * 2**20
+_KEPT_S = 14 * 24 * 3600
 
 
 class Incoming:
@@ -25,14 +34,14 @@ class Incoming:
 
     Args:
         device: the device's folder.
-        header: of the package, which says what its chunks are.
+        header: of the package, which says what its chunks are; it has been found acceptable.
 
     Attributes:
         path: of the file.
         next: number of the first chunk that is missing.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written, or there is no room for it and for the copy that is installed.
     """
 
     def __init__(self, device: Path, header: Header) -> None:
@@ -42,6 +51,7 @@ class Incoming:
         with _reporting(self.path):
             _make_folder(self.path.parent)
             self.next, size = self._left()
+            _require_room(self.path.parent, header, size)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             self._file = os.fdopen(descriptor, "r+b")
             self._file.truncate(size)
@@ -70,11 +80,17 @@ class Incoming:
 
         Raises:
             TrustError: it is not the one that was released.
-            StorageError: it could not be written.
+            StorageError: it could not be written; where the disk is full, what is there of the package is removed.
         """
         require_chunk(self.next, chunk, self._header.chunk_digests)
         with _reporting(self.path):
-            self._file.write(chunk)
+            try:
+                self._file.write(chunk)
+                self._file.flush()
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    os.truncate(self.path, 0)
+                raise
         self.next += 1
 
     def _left(self) -> tuple[int, int]:
@@ -93,15 +109,52 @@ class Incoming:
         return number, size
 
 
-def remove_others(device: Path, wanted: Collection[bytes]) -> None:
-    """Remove what is left of packages but for those whose manifests have these digests; raises StorageError."""
-    folder, kept = device / INCOMING_FOLDER, {digest.hex() for digest in wanted}
+def begun(device: Path) -> list[Release]:
+    """The releases that a device has parts of, as these say; nobody has checked it. Raises StorageError."""
+    found = []
+    with _reporting(device / INCOMING_FOLDER):
+        for path in sorted((device / INCOMING_FOLDER).glob("*"))[:MOST_OFFERS]:
+            try:
+                with Package.open(path, follow=False) as package:
+                    manifest = decode(Manifest, package.release.manifest.payload, model_pb2.Manifest)
+                    found.append(Release(manifest.name, manifest.sequence, package.release.digest))
+            except PropolisError:  # cut within its header: it begins anew
+                continue
+    return found
+
+
+def remove_others(device: Path, wanted: Collection[bytes], unwanted: Collection[bytes]) -> None:
+    """Remove what is left of packages: of these at once, of others that are not wanted after two weeks.
+
+    A server that offers nothing for a while, or pauses, may go on.
+
+    Args:
+        device: the device's folder.
+        wanted: digests of the manifests that are on offer.
+        unwanted: of those that are installed, or were refused.
+
+    Raises:
+        StorageError: something cannot be removed.
+    """
+    folder = device / INCOMING_FOLDER
+    kept, gone = ({digest.hex() for digest in digests} for digests in (wanted, unwanted))
     with _reporting(folder):
         if folder.is_symlink():
             raise UsageError(f"{folder} is a symbolic link, which could lead anywhere: remove it")
         for left in folder.glob("*"):
-            if left.name not in kept:
+            is_old = time.time() - left.lstat().st_mtime > _KEPT_S
+            if left.name in gone or (left.name not in kept and is_old):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _require_room(folder: Path, header: Header, there: int) -> None:
+    manifest = decode(Manifest, header.manifest.payload, model_pb2.Manifest)
+    whole = len(header.framed) + manifest.ciphertext_size
+    needed, free = 2 * whole - there + _MARGIN_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"no room for {manifest.name}: it takes {needed:,} bytes while it is installed, {free:,} are free"
+        )
 
 
 def _make_folder(folder: Path) -> None:

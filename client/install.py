@@ -125,9 +125,8 @@ class Installer:
                     slot = self._keep(package, key, slots, record, accepted)
                     if store_plain:
                         slots.keep_plain(slot, files)
-        except PropolisError as error:
-            refusal = error.refusal if isinstance(error, RefusedError) else Refusal.STORAGE
-            self._tell(Status(Outcome.FAILED, refusal.reason))
+        except Exception as error:  # whoever waits for a word gets one, whatever it was
+            self._tell(Status(Outcome.FAILED, _reason_of(error)))
             raise
         self._tell(Status(Outcome.INSTALLED))
         return accepted.manifest
@@ -230,3 +229,10 @@ class Installer:
             slots.write_record(replace(record, slots=record.slots[1:]))
         except StorageError as error:
             _log.warning("%s", error)
+
+
+def _reason_of(error: Exception) -> str:
+    """A word for the report."""
+    if isinstance(error, RefusedError):
+        return error.refusal.reason
+    return "memory" if isinstance(error, MemoryError) else Refusal.STORAGE.reason

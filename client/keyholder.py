@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -15,6 +16,8 @@ from propolis.secure.kem import Kem
 from propolis.secure.manifest import Trust
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.policy import Policy
+
+_log = logging.getLogger("propolis.client")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -50,9 +53,17 @@ class Keyholder:
     @classmethod
     def load(cls, folder: Path, passphrase: bytes | None = None) -> Self:
         """The device in a folder; raises UsageError or StorageError when its state or a key cannot be read."""
-        seal = None if passphrase is None else Seal(passphrase)
+        return cls.under(folder, None if passphrase is None else Seal(passphrase))
+
+    @classmethod
+    def under(cls, folder: Path, seal: Seal | None) -> Self:
+        """`load` with what the device's files are under, for who does it often."""
         device = cls.of(FileStore(folder, Policy(), seal).change(lambda device: device.state))
-        return replace(device, hybrid_private=load_hybrid_key(folder, seal))
+        try:
+            return replace(device, hybrid_private=load_hybrid_key(folder, seal))
+        except UsageError as error:  # packages of the other kind open without it
+            _log.warning("%s", error)
+            return device
 
     def private_for(self, kem: int) -> bytes:
         """The key that opens what was sealed with a `Kem`.

@@ -7,6 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,6 +146,7 @@ async def _run(agent: Agent, deliveries: Deliveries | None) -> None:
     finally:
         if taking is not None:
             taking.cancel()
-            await asyncio.gather(taking, return_exceptions=True)
+            with suppress(asyncio.CancelledError):
+                await taking
     if stopped_by:
         raise KeyboardInterrupt

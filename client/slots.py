@@ -9,6 +9,7 @@ names a slot that is whole.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from propolis.link.delivery import Release
 from propolis.package import Package, read_key, write_key
 from propolis.protos import model_pb2 as pb
 from propolis.secure.content import WrappedKey
@@ -34,6 +36,7 @@ _NEW = ".new-"
 _LARGEST_RECORD = 4096
 # Another process may be trying a model meanwhile.
 _LONGEST_WAIT_S = 300.0
+_log = logging.getLogger("propolis.client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +218,20 @@ def model_names(device: Path) -> list[str]:
 def records(device: Path) -> dict[str, Record]:
     """What is installed on a device, by the model's name; raises as `read_record` does."""
     return {name: record for name in model_names(device) if (record := record_of(device, name)) is not None}
+
+
+def installed_releases(device: Path) -> list[Release]:
+    """The current release of every model; a record that is damaged is logged, and its model counts as not there."""
+    found = []
+    for home in sorted((device / MODELS_FOLDER).glob("*")):
+        try:
+            record = record_of(device, home.name)
+        except StorageError as error:
+            _log.warning("%s", error)
+            continue
+        if record is not None and record.current is not None:
+            found.append(Release(home.name, record.current.release.sequence, record.current.release.manifest))
+    return found
 
 
 def _make_folder(path: Path) -> None:

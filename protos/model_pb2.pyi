@@ -175,12 +175,14 @@ class Release(_message.Message):
     def __init__(self, name: _Optional[str] = ..., sequence: _Optional[int] = ..., manifest: _Optional[bytes] = ...) -> None: ...
 
 class LookRequest(_message.Message):
-    __slots__ = ("version", "installed")
+    __slots__ = ("version", "installed", "begun")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTALLED_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
     version: int
     installed: _containers.RepeatedCompositeFieldContainer[Release]
-    def __init__(self, version: _Optional[int] = ..., installed: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
+    begun: _containers.RepeatedCompositeFieldContainer[Release]
+    def __init__(self, version: _Optional[int] = ..., installed: _Optional[_Iterable[_Union[Release, _Mapping]]] = ..., begun: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
 
 class LookReply(_message.Message):
     __slots__ = ("version", "roster", "offers", "announce")

@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
 from propolis.link.certificates import DeviceName
 from propolis.link.delivery import (
     LARGEST_REQUEST,
+    MOST_OFFERS,
     SERVICE,
     AnnounceReply,
     AnnounceRequest,
@@ -39,26 +40,27 @@ from propolis.link.rate import Rate
 from propolis.protos import identity_pb2
 from propolis.protos import model_pb2 as pb
 from propolis.secure.envelope import SEALED_CHUNK_BYTES
-from propolis.secure.errors import PropolisError, Refusal, RefusedError, TrustError
+from propolis.secure.errors import PropolisError, Refusal, RefusedError, StorageError, TrustError
 from propolis.secure.wire import decode, encode
 from propolis.server.membership import Membership
-from propolis.server.patience import Patience
+from propolis.server.patience import BusyError, Complaints, Patience
 from propolis.server.reports import Report, Reports
 from propolis.server.shelf import NotOnOfferError, Shelf
 
-# Of one device, which needs one and may not have noticed that another was cut.
-_MOST_FETCHES = 2
-# An honest device asks a handful of times for each release.
-_MOST_ASKED, _ASKED_IN_S = 200, 10.0
+# An honest device asks a handful of times for each release, one thing after another; it may not have noticed that a
+# connection was cut.
+_MOST_ASKED, _ASKED_IN_S, _MOST_AT_ONCE, _MOST_STREAMS = 200, 10.0, 4, 2
 # A device that takes longer for a chunk has gone, or keeps the server's memory on purpose.
 _LONGEST_WRITE_S = 60.0
 # Pieces in memory for devices that are quick to take them; one that is not gives its turn to another.
 _MOST_SENDING, _QUICK_WRITE_S = 32, 1.0
+_READERS = 4
 _log = logging.getLogger("propolis.server")
 
 Answer = Callable[[Any, DeviceName], Awaitable[object]]
-Read = Callable[[], bytes]
-Answers = Callable[[Any, DeviceName], AsyncGenerator[Read, None]]
+# A piece that is still to be read, and how many bytes it has at most.
+Unread = tuple[Callable[[], bytes], int]
+Answers = Callable[[Any, DeviceName], AsyncGenerator[Unread, None]]
 
 
 class Delivery:
@@ -74,9 +76,14 @@ class Delivery:
     def __init__(self, shelf: Shelf, membership: Membership, reports: Reports, rate: float = 0) -> None:
         self._shelf, self._membership, self._reports = shelf, membership, reports
         self._rate = Rate(rate)
-        self._patience = Patience(_MOST_ASKED, _ASKED_IN_S)
         self._sending = asyncio.Semaphore(_MOST_SENDING)
-        self._fetches: Counter[int] = Counter()
+        self._questions = Patience(_MOST_ASKED, _ASKED_IN_S, _MOST_AT_ONCE)
+        self._streams = Patience(_MOST_ASKED, _ASKED_IN_S, _MOST_STREAMS)
+        self._complaints = Complaints(_log)
+        # Reading must not wait for what devices make the server write, and that needs no more than one thread.
+        self._readers = ThreadPoolExecutor(_READERS, "propolis-delivery")
+        self._writer = ThreadPoolExecutor(1, "propolis-reports")
+        self._roster: tuple[int, bytes] = (0, b"")
 
     def refresh(self) -> bool:
         """Look for changes, often; whether devices should ask again."""
@@ -91,135 +98,147 @@ class Delivery:
                 "Announce": self._unary(self._announce, AnnounceRequest, pb.AnnounceRequest, pb.AnnounceReply),
                 "Open": self._unary(self._open, OpenRequest, pb.OpenRequest, pb.OpenReply),
                 "Report": self._unary(self._report, ReportRequest, pb.ReportRequest, pb.ReportReply),
-                "FetchRoster": self._stream(self._roster, RosterRequest, pb.RosterRequest),
+                "FetchRoster": self._stream(self._fetch_roster, RosterRequest, pb.RosterRequest),
                 "Fetch": self._stream(self._fetch, FetchRequest, pb.FetchRequest),
             },
         )
 
     async def _look(self, asked: LookRequest, name: DeviceName) -> LookReply:
         self._shelf.look()
-        for release in asked.installed:
-            await self._note(release, name, Outcome.INSTALLED)
-        unknown = await asyncio.to_thread(self._membership.announced, name.index) is None
-        return LookReply(self._membership.roster.number, tuple(self._shelf.offers_for(name)), unknown)
+        await self._note(set(asked.installed), name, Outcome.INSTALLED)
+        unknown = await self._written(self._membership.announced, name.index) is None
+        offers = self._shelf.offers_for(name, asked.begun)[:MOST_OFFERS]
+        return LookReply(self._membership.roster.number, tuple(offers), unknown)
 
     async def _announce(self, asked: AnnounceRequest, name: DeviceName) -> AnnounceReply:
-        await asyncio.to_thread(self._membership.announce, name.index, asked.announcement)
+        await self._written(self._membership.announce, name.index, asked.announcement)
         return AnnounceReply()
 
     async def _open(self, asked: OpenRequest, name: DeviceName) -> OpenReply:
         self._shelf.look()
         offer = self._shelf.require(asked.release, name)
-        return OpenReply(offer.header, await asyncio.to_thread(self._shelf.key, offer, name))
+        key = partial(self._shelf.key, offer, name)
+        return OpenReply(offer.header, await asyncio.get_running_loop().run_in_executor(self._readers, key))
 
     async def _report(self, asked: ReportRequest, name: DeviceName) -> ReportReply:
-        await self._note(asked.release, name, Outcome(asked.outcome), asked.reason)
+        await self._note({asked.release}, name, Outcome(asked.outcome), asked.reason)
         return ReportReply()
 
-    async def _note(self, release: Release, name: DeviceName, outcome: Outcome, reason: str = "") -> None:
-        """Nothing is kept of releases that this server never had: a device could make up any number of them."""
-        if not self._shelf.knows(release):
-            return
-        printable = reason if reason.isprintable() else "unprintable"
-        await asyncio.to_thread(self._reports.note, release, Report(name.index, outcome, printable, time.time()))
-        if outcome is Outcome.FAILED:
-            _log.warning("%s failed on a device: %s", release, printable, extra={"index": name.index})
+    async def _note(self, releases: set[Release], name: DeviceName, outcome: Outcome, reason: str = "") -> None:
+        """Keep what a device says, where that can be kept: models go out all the same.
 
-    async def _roster(self, _: RosterRequest, __: DeviceName) -> AsyncGenerator[Read, None]:
-        data = encode(self._membership.roster.signed, identity_pb2.Signed)
+        Nothing is kept of releases that this server never had: a device could make up any number of them.
+        """
+        known = [release for release in releases if self._shelf.knows(release)]
+        printable = reason if reason.isprintable() else "unprintable"
+        report = Report(name.index, outcome, printable, time.time())
+        try:
+            if known:
+                await self._written(self._reports.note, known, report)
+        except StorageError as error:
+            self._complaints.say(f"cannot keep what devices report: {error}")
+        if outcome is Outcome.FAILED:
+            for release in known:
+                self._complaints.say(f"{release} failed on a device: {printable}", name.index)
+
+    async def _fetch_roster(self, _: RosterRequest, __: DeviceName) -> AsyncGenerator[Unread, None]:
+        roster = self._membership.roster
+        if self._roster[0] != roster.number:
+            self._roster = (roster.number, encode(roster.signed, identity_pb2.Signed))
+        data = self._roster[1]
 
         def piece(begin: int) -> bytes:
             return data[begin : begin + SEALED_CHUNK_BYTES]
 
         for begin in range(0, len(data), SEALED_CHUNK_BYTES):
-            yield partial(piece, begin)
+            yield partial(piece, begin), min(SEALED_CHUNK_BYTES, len(data) - begin)
 
-    async def _fetch(self, asked: FetchRequest, name: DeviceName) -> AsyncGenerator[Read, None]:
+    async def _fetch(self, asked: FetchRequest, name: DeviceName) -> AsyncGenerator[Unread, None]:
         offer = self._shelf.require(asked.release, name)
-        with self._one_more(name), offer.opened() as chunk:
+        with offer.opened() as chunk:
             for number in range(asked.first, offer.chunks):
                 self._shelf.require(asked.release, name)
-                yield partial(chunk, number)
+                yield partial(chunk, number), SEALED_CHUNK_BYTES
 
-    @contextmanager
-    def _one_more(self, name: DeviceName) -> Iterator[None]:
-        if self._fetches[name.index] >= _MOST_FETCHES:
-            raise _BusyError(f"device {name.index} fetches {_MOST_FETCHES} times already")
-        self._fetches[name.index] += 1
+    async def _send(self, unread: Unread, context: Any) -> None:
+        """Read a piece and send it, when it is its turn; who is slow to take it keeps nobody else waiting."""
+        read, size = unread
+        await self._rate.take(size)
+        write = None
         try:
-            yield
+            async with self._sending:
+                data = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+                write = asyncio.ensure_future(context.write(encode(Piece(data), pb.Piece)))
+                del data
+                await asyncio.wait({write}, timeout=_QUICK_WRITE_S)
+            await asyncio.wait_for(write, _LONGEST_WRITE_S)
         finally:
-            self._fetches[name.index] -= 1
+            if write is not None and not write.done():
+                write.cancel()
+                await asyncio.gather(write, return_exceptions=True)
+
+    async def _written(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """A look at, or a change of, small files, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, partial(call, *arguments))
 
     def _unary(self, answer: Answer, cls: type, proto: type, reply: type) -> grpc.RpcMethodHandler:
         async def handle(data: bytes, context: Any) -> bytes:
             try:
-                return encode(await answer(decode(cls, data, proto, LARGEST_REQUEST), self._asker(context)), reply)
-            except PropolisError as error:
-                await _abort(context, error)
-                raise
+                with self._asking(context, self._questions) as name:
+                    return encode(await answer(decode(cls, data, proto, LARGEST_REQUEST), name), reply)
+            except Exception as error:
+                await self._abort(context, error)
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
     def _stream(self, answers: Answers, cls: type, proto: type) -> grpc.RpcMethodHandler:
         async def handle(data: bytes, context: Any) -> None:
             try:
-                name = self._asker(context)
-                async with aclosing(answers(decode(cls, data, proto, LARGEST_REQUEST), name)) as pieces:
-                    async for piece in pieces:
-                        self._membership.require(name)
-                        await self._send(piece, context)
-            except PropolisError as error:
-                await _abort(context, error)
-            except TimeoutError:
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the device does not read")
+                with self._asking(context, self._streams) as name:
+                    async with aclosing(answers(decode(cls, data, proto, LARGEST_REQUEST), name)) as pieces:
+                        async for unread in pieces:
+                            self._membership.require(name)
+                            await self._send(unread, context)
+            except Exception as error:
+                await self._abort(context, error)
 
         return grpc.unary_stream_rpc_method_handler(handle)
 
-    async def _send(self, read: Read, context: Any) -> None:
-        """Read a piece and send it, when it is its turn; who is slow to take it keeps nobody else waiting."""
-        async with self._sending:
-            piece = encode(Piece(await asyncio.to_thread(read)), pb.Piece)
-            await self._rate.take(len(piece))
-            write = asyncio.ensure_future(context.write(piece))
-            await asyncio.wait({write}, timeout=_QUICK_WRITE_S)
-        await asyncio.wait_for(write, _LONGEST_WRITE_S)
-
-    def _asker(self, context: Any) -> DeviceName:
-        """Who asks, when it may; raises TrustError, or _BusyError when it did too often."""
+    @contextmanager
+    def _asking(self, context: Any, patience: Patience) -> Iterator[DeviceName]:
+        """Who asks, while it is answered; raises TrustError where it may not, BusyError where it did too often."""
         try:
             name = DeviceName.of(context.auth_context()["x509_pem_cert"][0])
         except KeyError:
             raise TrustError(Refusal.IDENTITY, "no certificate") from None
         self._membership.require(name)
-        if self._patience.ends(name.index):
-            raise _BusyError(f"device {name.index} asked more than {_MOST_ASKED} times in {_ASKED_IN_S:g} s")
-        return name
+        with patience.asking(name.index):
+            yield name
+
+    async def _abort(self, context: Any, error: Exception) -> NoReturn:
+        """End a call with what is wrong, in gRPC's terms; a fault of the server's own is told in its log alone."""
+        code, detail = _code_of(error), str(error)
+        if code is grpc.StatusCode.UNAVAILABLE:
+            said = str(error) if isinstance(error, PropolisError) else repr(error)
+            self._complaints.say(f"cannot answer a device: {said}")
+            detail = "the server cannot answer at the moment"
+        elif code in _TO_BE_SEEN:
+            self._complaints.say(f"refused a device: {error}")
+        await context.abort(code, detail)
+        raise error  # which abort never lets happen
 
 
-class _BusyError(PropolisError):
-    """A device asks for more than it needs."""
+_TO_BE_SEEN = frozenset({grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.FAILED_PRECONDITION})
 
 
-async def _abort(context: Any, error: PropolisError) -> None:
-    """End a call with what is wrong, in gRPC's terms; a fault of the server's own is told in its log alone."""
-    code, detail = _code_of(error), str(error)
-    if code is grpc.StatusCode.UNAVAILABLE:
-        _log.error("cannot answer a device: %s", error)
-        detail = "the server cannot answer at the moment"
-    elif code is grpc.StatusCode.PERMISSION_DENIED:
-        _log.warning("refused a device: %s", error)
-    await context.abort(code, detail)
-
-
-def _code_of(error: PropolisError) -> grpc.StatusCode:
-    if isinstance(error, _BusyError):
+def _code_of(error: Exception) -> grpc.StatusCode:
+    if isinstance(error, BusyError):
         return grpc.StatusCode.RESOURCE_EXHAUSTED
     if isinstance(error, NotOnOfferError):
         return grpc.StatusCode.NOT_FOUND
-    if isinstance(error, RefusedError):
-        if error.refusal is Refusal.ROSTER:  # it has expired: to be mended here, not there
-            return grpc.StatusCode.UNAVAILABLE
+    if isinstance(error, TimeoutError):
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    if isinstance(error, RefusedError) and error.refusal is not Refusal.ROSTER:  # which is to be mended here, not there
         if error.refusal is Refusal.PACKAGE:
             return grpc.StatusCode.FAILED_PRECONDITION
         is_theirs = isinstance(error, TrustError)

@@ -67,6 +67,7 @@ def _work(config: ServerConfig, tls: Tls, membership: Membership, begun: Future[
 
 async def _serve(config: ServerConfig, tls: Tls, membership: Membership, begun: Future[int], end: Future[None]) -> None:
     from propolis.server.serve import RegistryModels, Wanted
+    from propolis.serving.faults import Fault, InferenceError
     from propolis.serving.refresh import Refresh
     from propolis.serving.server import ServingOptions, is_loopback, serving
 
@@ -83,7 +84,11 @@ async def _serve(config: ServerConfig, tls: Tls, membership: Membership, begun: 
         found = []
 
     def admit(certificate: bytes) -> None:
-        membership.require(DeviceName.of(certificate))
+        try:
+            membership.require(DeviceName.of(certificate))
+        except UsageError as error:  # of ours: a file cannot be read, for now
+            _log.error("cannot look up a device: %s", error)
+            raise InferenceError(Fault.STOPPING, "the server cannot look up its members at the moment") from None
 
     refresh = Refresh(models.newer, _LOOK_S)
     async with serving(found, options, tls if is_open else None, refresh, admit if is_open else None) as server:

@@ -90,16 +90,13 @@ class Membership:
         Raises:
             TrustError: another federation's, not in the roster, revoked, not enrolled, enrolled with other keys, or
                 the roster has expired.
+            UsageError: its descriptor cannot be read, for now.
         """
         if name.federation != self.roster.roster.federation:
             raise TrustError(Refusal.IDENTITY, f"device {name.index} is of another federation")
         self.roster.require_current(self._clock())
         self.roster.require_member(name.index)
-        try:
-            descriptor = self.enrolled(name.index)
-        except UsageError as error:
-            _log.error("%s", error)
-            raise TrustError(Refusal.IDENTITY, f"device {name.index} cannot be looked up on this server") from None
+        descriptor = self.enrolled(name.index)
         if descriptor is None:
             raise TrustError(Refusal.IDENTITY, f"device {name.index} has not enrolled with this server")
         if descriptor_digest(descriptor) != name.descriptor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +52,11 @@ class Reports:
     def __init__(self, folder: Path) -> None:
         self._file = folder / PUBLISHED_FOLDER / REPORTS_FILE
 
-    def note(self, release: Release, report: Report) -> None:
-        """Keep what a device says, in place of what it said before; raises StorageError."""
-        row = (release.name, release.sequence, report.device, int(report.outcome), report.reason, report.at)
+    def note(self, releases: Iterable[Release], report: Report) -> None:
+        """Keep what a device says of releases, in place of what it said before; raises StorageError."""
+        said = (report.device, int(report.outcome), report.reason, report.at)
         with self._connected() as connection, connection:
-            connection.execute(_TABLE)
-            connection.execute(_NOTE, row)
+            connection.executemany(_NOTE, [(release.name, release.sequence, *said) for release in releases])
 
     def of(self, release: Release) -> list[Report]:
         """What devices said of a release, by their index; raises StorageError."""
@@ -75,6 +74,7 @@ class Reports:
     def _connected(self) -> Iterator[sqlite3.Connection]:
         try:
             with closing(sqlite3.connect(self._file, timeout=_WAIT_S)) as connection:
+                connection.execute(_TABLE)
                 yield connection
         except sqlite3.Error as error:
             raise StorageError(f"the reports in {self._file}: {error}") from None

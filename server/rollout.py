@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from propolis.link.delivery import Release
+from propolis.link.delivery import MOST_OFFERS, Release
 from propolis.package import Package, manifest_of_keys
 from propolis.secure import labels
 from propolis.secure.errors import RefusedError, StorageError, UsageError
@@ -27,7 +27,7 @@ from propolis.secure.manifest import LARGEST_PLAINTEXT, Accepted, Expected, Trus
 from propolis.secure.release import LARGEST_NUMBER
 from propolis.server.publish import KEYS_SUFFIX
 from propolis.server.roster import load_root, load_roster_of
-from propolis.storage import locked, write_atomically
+from propolis.storage import locked, remove_stale, write_atomically
 
 PUBLISHED_FOLDER, INDEX_FILE, PACKAGE_FILE = "published", "index.json", "package"
 _LOCK_FILE = ".lock"
@@ -39,7 +39,7 @@ class Progress(StrEnum):
 
     RUNNING = "running"
     PAUSED = "paused"  # nobody new begins; who has begun goes on
-    STOPPED = "stopped"  # for good: who has begun is cut off, and older releases are on offer again
+    STOPPED = "stopped"  # for good: who has begun is cut off, and the release before is on offer again
 
 
 class Rollout(BaseModel):
@@ -109,13 +109,17 @@ class Rollouts:
             raise UsageError(f"{self.index} is damaged") from None
         return tuple(sorted(found, key=lambda each: (each.name, -each.sequence)))
 
+    def all_of(self, name: str) -> tuple[Rollout, ...]:
+        """The rollouts of a model, the newest first; raises UsageError when there are none."""
+        every = self.all()
+        if found := tuple(each for each in every if each.name == name):
+            return found
+        known = ", ".join(sorted({each.name for each in every})) or "none"
+        raise UsageError(f"no release of {name} has been handed over for delivery; there are releases of: {known}")
+
     def newest(self, name: str) -> Rollout:
         """The newest rollout of a model; raises UsageError when there is none."""
-        found = next((each for each in self.all() if each.name == name), None)
-        if found is None:
-            known = ", ".join(sorted({each.name for each in self.all()})) or "none"
-            raise UsageError(f"no release of {name} has been handed over for delivery; there are releases of: {known}")
-        return found
+        return self.all_of(name)[0]
 
     def package(self, rollout: Rollout) -> Path:
         """Its package; the keys are beside it."""
@@ -149,29 +153,52 @@ class Rollouts:
                     raise UsageError(
                         f"{started.release} is not newer than {newest.sequence}: seal it with a higher number"
                     )
+                if newest is None and len({each.name for each in before}) >= MOST_OFFERS:
+                    raise UsageError(f"there are releases of {MOST_OFFERS} models: devices are offered no more")
                 self._place(package, self.package(started))
                 self._write((started, *before))
                 return started
-        return self.change(started.name, percent)
+        return self.change(started.name, percent, sequence=started.sequence)
 
-    def change(self, name: str, percent: float | None = None, progress: Progress | None = None) -> Rollout:
-        """Change the newest rollout of a model.
+    def change(
+        self,
+        name: str,
+        percent: float | None = None,
+        progress: Progress | None = None,
+        sequence: int | None = None,
+    ) -> Rollout:
+        """Change a rollout of a model.
+
+        Args:
+            name: of the model.
+            percent: of the devices, from now on.
+            progress: whether it goes on, from now on.
+            sequence: of the release; the newest that was not stopped by default.
 
         Raises:
             UsageError: there is none, it was stopped before, or the percentage is none.
             StorageError: the change could not be written.
         """
         with self._changing() as before:
-            newest = self.newest(name)
-            if newest.progress is Progress.STOPPED and progress is not Progress.STOPPED:
-                raise UsageError(f"{newest.release} was stopped, for good: publish a newer one")
+            found = self._to_change(name, sequence, before)
             update = {
-                "percent": newest.percent if percent is None else _percent(percent),
-                "progress": progress or newest.progress,
+                "percent": found.percent if percent is None else _percent(percent),
+                "progress": progress or found.progress,
             }
-            changed = newest.model_copy(update=update)
-            self._write(changed if each == newest else each for each in before)
+            changed = found.model_copy(update=update)
+            self._write(changed if each == found else each for each in before)
             return changed
+
+    def _to_change(self, name: str, sequence: int | None, rollouts: Iterable[Rollout]) -> Rollout:
+        """The one of this number, or the newest that was not stopped."""
+        self.newest(name)
+        mine = [each for each in rollouts if each.name == name and sequence in (None, each.sequence)]
+        if not mine:
+            raise UsageError(f"release {sequence} of {name} is not, or no longer, on offer: propolis rollout show")
+        found = next((each for each in mine if each.progress is not Progress.STOPPED), None)
+        if found is None:
+            raise UsageError(f"{mine[0].release} was stopped, for good: publish a newer one")
+        return found
 
     def _acceptable(self, package: Path, now: float) -> Accepted:
         """What a package says, looked at as devices will, before anybody is offered it."""
@@ -195,7 +222,9 @@ class Rollouts:
         try:
             place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             for suffix in (KEYS_SUFFIX, ""):
-                write_atomically(place.with_name(place.name + suffix), _content(Path(f"{package}{suffix}")), mode=0o600)
+                file = place.with_name(place.name + suffix)
+                remove_stale(file)
+                write_atomically(file, _content(Path(f"{package}{suffix}")), mode=0o600)
         except OSError as error:
             raise StorageError(f"cannot copy {package} to {place}: {error.strerror}") from None
 
@@ -210,7 +239,8 @@ class Rollouts:
             yield before
             self._sweep()
 
-    def _write(self, rollouts: Iterator[Rollout] | tuple[Rollout, ...]) -> None:
+    def _write(self, rollouts: Iterable[Rollout]) -> None:
+        remove_stale(self.index)
         kept = _needed(tuple(sorted(rollouts, key=lambda each: (each.name, -each.sequence))))
         write_atomically(self.index, _Index(rollouts=kept).model_dump_json(indent=1).encode() + b"\n", mode=0o600)
 
@@ -228,13 +258,14 @@ def start_rollout(federation: Path, package: Path, percent: float) -> Rollout:
 
 
 def _needed(rollouts: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
-    """Without those that a newer one, which is for all, has taken the place of."""
-    kept, replaced = list[Rollout](), set[str]()
+    """By name the newest, and those down to one that all may have: what is on offer again where newer ones stop."""
+    kept, enough = list[Rollout](), set[str]()
     for each in rollouts:
-        if each.name not in replaced:
+        is_newest = all(other.name != each.name for other in kept)
+        if each.name not in enough:
             kept.append(each)
-        if each.percent == 100 and each.progress is Progress.RUNNING:
-            replaced.add(each.name)
+        if not is_newest and each.percent == 100 and each.progress is Progress.RUNNING:
+            enough.add(each.name)
     return tuple(kept)
 
 

@@ -18,6 +18,9 @@ FederationFlag = Annotated[
 ]
 PercentFlag = Annotated[float, typer.Option("--percent", help="Of the devices, chosen by hash.", min=0, max=100)]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")]
+SequenceFlag = Annotated[
+    int | None, typer.Option("--sequence", help="Of the release; the newest that was not stopped by default.", min=1)
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 
@@ -36,34 +39,44 @@ def start(
 
 @rollout_app.command("set")
 def set_percent(
-    name: NameArgument, federation: FederationFlag, percent: PercentFlag, as_json: JsonFlag = False
+    name: NameArgument,
+    federation: FederationFlag,
+    percent: PercentFlag,
+    sequence: SequenceFlag = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Let the newest release of a model reach more devices; those that have it keep it."""
-    _change(name, federation, as_json, percent=percent)
+    _change(name, federation, as_json, sequence, percent=percent)
 
 
 @rollout_app.command("pause")
-def pause(name: NameArgument, federation: FederationFlag, as_json: JsonFlag = False) -> None:
+def pause(
+    name: NameArgument, federation: FederationFlag, sequence: SequenceFlag = None, as_json: JsonFlag = False
+) -> None:
     """Let no device begin with the newest release; those that have begun go on."""
     from propolis.server.rollout import Progress
 
-    _change(name, federation, as_json, progress=Progress.PAUSED)
+    _change(name, federation, as_json, sequence, progress=Progress.PAUSED)
 
 
 @rollout_app.command("resume")
-def resume(name: NameArgument, federation: FederationFlag, as_json: JsonFlag = False) -> None:
+def resume(
+    name: NameArgument, federation: FederationFlag, sequence: SequenceFlag = None, as_json: JsonFlag = False
+) -> None:
     """Go on with what was paused."""
     from propolis.server.rollout import Progress
 
-    _change(name, federation, as_json, progress=Progress.RUNNING)
+    _change(name, federation, as_json, sequence, progress=Progress.RUNNING)
 
 
 @rollout_app.command("stop")
-def stop(name: NameArgument, federation: FederationFlag, as_json: JsonFlag = False) -> None:
+def stop(
+    name: NameArgument, federation: FederationFlag, sequence: SequenceFlag = None, as_json: JsonFlag = False
+) -> None:
     """Withdraw the newest release, for good, and cut off who fetches it; who has installed it keeps it."""
     from propolis.server.rollout import Progress
 
-    _change(name, federation, as_json, progress=Progress.STOPPED)
+    _change(name, federation, as_json, sequence, progress=Progress.STOPPED)
 
 
 @rollout_app.command("show")
@@ -77,7 +90,7 @@ def show(
     from propolis.server.rollout import Rollouts
 
     rollouts, reports = Rollouts(federation), Reports(federation)
-    shown = rollouts.all() if name is None else (rollouts.newest(name),)
+    shown = rollouts.all() if name is None else rollouts.all_of(name)
     said = {each.manifest: reports.of(each.release) for each in shown}
     if as_json:
         typer.echo(json.dumps([_as_json(each) | {"devices": _reports(said[each.manifest])} for each in shown]))
@@ -93,11 +106,16 @@ def show(
 
 
 def _change(
-    name: str, federation: Path, as_json: bool, percent: float | None = None, progress: Progress | None = None
+    name: str,
+    federation: Path,
+    as_json: bool,
+    sequence: int | None,
+    percent: float | None = None,
+    progress: Progress | None = None,
 ) -> None:
     from propolis.server.rollout import Rollouts
 
-    _say(Rollouts(federation).change(name, percent, progress), as_json)
+    _say(Rollouts(federation).change(name, percent, progress, sequence), as_json)
 
 
 def _say(rollout: Rollout, as_json: bool) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from propolis.secure.kem import Kem
 from propolis.secure.manifest import Manifest, Trust, accept_again
 from propolis.secure.wire import decode
 from propolis.server.membership import Membership
+from propolis.server.patience import Complaints
 from propolis.server.publish import KEYS_SUFFIX, recipient_of
 from propolis.server.rollout import Progress, Rollout, Rollouts
 from propolis.storage import stamp_of
@@ -60,18 +62,24 @@ class OnOffer:
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int], bytes]]:
-        """Reads chunks by their number, from the disk; raises UsageError where that fails."""
+        """Reads chunks by their number, from the disk, in any thread; raises UsageError where that fails."""
         begin = len(self.header.framed)
 
         def chunk(number: int) -> bytes:
-            file.seek(begin + number * SEALED_CHUNK_BYTES)
-            return file.read(SEALED_CHUNK_BYTES)
+            try:
+                data = os.pread(file.fileno(), SEALED_CHUNK_BYTES, begin + number * SEALED_CHUNK_BYTES)
+            except OSError as error:
+                raise UsageError(f"cannot read {self.path}: {error.strerror}") from None
+            if not data:
+                raise UsageError(f"{self.path} ends before its chunk {number}")
+            return data
 
         try:
-            with self.path.open("rb") as file:
-                yield chunk
+            file = self.path.open("rb")
         except OSError as error:
             raise UsageError(f"cannot read {self.path}: {error.strerror}") from None
+        with file:
+            yield chunk
 
 
 class NotOnOfferError(PropolisError):
@@ -97,8 +105,11 @@ class Shelf:
     ) -> None:
         self._rollouts, self._membership, self._clock = Rollouts(folder), membership, clock
         self._content_keys = content_keys
+        self._package_of = self._rollouts.package
+        self._complaints = Complaints(_log)
         self._seen: tuple[int, int, int] | None = None
-        self._complaint = ""
+        self._fault: PropolisError | None = None  # that kept something from being offered
+        self._is_read = False
         self._changes = self._reported = 0
         self._offers: dict[str, tuple[OnOffer, ...]] = {}
         self._held: dict[str, tuple[int, bool]] = {}  # with the roster that it was found out against
@@ -113,32 +124,45 @@ class Shelf:
     def look(self) -> None:
         """`refresh` without a report; call it often, it costs a look at one file."""
         stamp = stamp_of(self._rollouts.index)
-        if stamp == self._seen:
+        if self._is_read and stamp == self._seen and self._fault is None:
             return
         try:
             rollouts = self._rollouts.all()
         except UsageError as error:
-            if str(error) != self._complaint:
-                _log.warning("keeping the releases on offer: %s", error)
-                self._complaint = str(error)
+            self._complaints.say(f"keeping the releases on offer: {error}")
+            self._fault = error
             return
-        self._seen, self._complaint = stamp, ""
         known = {each.rollout.manifest: each for offers in self._offers.values() for each in offers}
-        self._offers, self._held = {}, {}
+        found, self._fault = dict[str, tuple[OnOffer, ...]](), None
         for rollout in rollouts:
             try:
-                path = self._rollouts.package(rollout)
                 before = known.get(rollout.manifest)
-                offer = replace(before, rollout=rollout) if before else OnOffer.of(rollout, path)
-            except PropolisError as error:
-                _log.error("%s cannot be offered: %s", rollout.release, error)
+                offer = replace(before, rollout=rollout) if before else OnOffer.of(rollout, self._package_of(rollout))
+            except PropolisError as error:  # which may pass: look again
+                self._complaints.say(f"{rollout.release} cannot be offered: {error}")
+                self._fault = error
                 continue
-            self._offers[rollout.name] = (*self._offers.get(rollout.name, ()), offer)
-        self._changes += 1
+            found[rollout.name] = (*found.get(rollout.name, ()), offer)
+        if found != self._offers or stamp != self._seen:
+            self._changes += 1
+        self._seen, self._offers, self._held = stamp, found, {}
+        self._is_read = True
 
-    def offers_for(self, name: DeviceName) -> list[Release]:
-        """The newest release of each model that this device may begin to fetch."""
-        found = (next((each for each in offers if self._begins(each, name)), None) for offers in self._offers.values())
+    def offers_for(self, name: DeviceName, begun: Collection[Release] = ()) -> list[Release]:
+        """The newest release of each model that this device may begin to fetch, or go on with.
+
+        Args:
+            name: of the device.
+            begun: releases that it has parts of: a pause does not end them.
+
+        Raises:
+            UsageError: what is on offer could not be read yet.
+        """
+        if not self._is_read:
+            raise UsageError("what is on offer cannot be read")
+        found = (
+            next((each for each in offers if self._begins(each, name, begun)), None) for offers in self._offers.values()
+        )
         return [each.rollout.release for each in found if each is not None]
 
     def knows(self, release: Release) -> bool:
@@ -183,9 +207,12 @@ class Shelf:
             return None
         return wrap_key(content_key, digest, name.index, recipient.descriptor, recipient.key_for(kem), kem)
 
-    def _begins(self, offer: OnOffer, name: DeviceName) -> bool:
+    def _begins(self, offer: OnOffer, name: DeviceName, begun: Collection[Release]) -> bool:
         rollout = offer.rollout
-        return rollout.progress is Progress.RUNNING and rollout.reaches(name.descriptor) and self._holds(offer)
+        goes_on = rollout.progress is Progress.PAUSED and rollout.release in begun
+        if rollout.progress is not Progress.RUNNING and not goes_on:
+            return False
+        return rollout.reaches(name.descriptor) and self._holds(offer)
 
     def _holds(self, offer: OnOffer) -> bool:
         """Whether devices would still take it: its time is not over, and its release key is not revoked."""

@@ -212,6 +212,8 @@ class Streams:
     def _require_still(self, stream: _Stream) -> None:
         try:
             self._membership.require(stream.name)
+        except UsageError as error:  # of ours: a file cannot be read, for now
+            _log.error("cannot look up a device: %s", error)
         except TrustError as error:
             _log.warning("device put out: %s", error, extra={"index": stream.name.index})
             stream.end(farewell(_reason_of(error), str(error)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from propolis.client.incoming import INCOMING_FOLDER, Incoming
 from propolis.client.install import Installer
 from propolis.link.delivery import FetchRequest, LookRequest, OpenRequest, Outcome, Release, ReportRequest
 from propolis.secure.envelope import SEALED_CHUNK_BYTES
-from propolis.secure.errors import UsageError
+from propolis.secure.errors import PropolisError, RefusedError, UsageError
 from propolis.secure.manifest import Kind
 from propolis.server.rollout import Progress
 
@@ -79,22 +80,24 @@ def test_each_step_of_an_installation_is_reported(site: Site) -> None:
     assert seen == [Outcome.FETCHED, Outcome.VERIFIED, Outcome.PROBE_PASSED, Outcome.INSTALLED]
 
 
-def test_a_failed_probe_is_reported_with_its_reason_and_not_tried_again(site: Site) -> None:
-    tries: list[int] = []
-
-    def probe(manifest: object, files: object) -> float:
-        tries.append(1)
-        return 1.0
-
-    async def look_twice() -> None:
-        deliveries = site.deliveries(probe=probe)
-        assert await deliveries.look() == await deliveries.look() == []
-
+def test_a_failed_probe_is_reported_with_its_reason(site: Site) -> None:
     with site.serving():
         rollout = site.release(1)
-        asyncio.run(look_twice())
+        with pytest.raises(RefusedError, match="differ by 1"):
+            site.look(probe=lambda manifest, files: 1.0)
         assert site.wait_for_report(rollout.release, Outcome.FAILED).reason == "probe"
-    assert len(tries) == 1
+
+
+def test_a_model_that_takes_too_much_memory_is_reported(site: Site) -> None:
+    def too_large(manifest: object, content_key: bytes, chunks: object) -> dict[str, bytes]:
+        raise MemoryError
+
+    with site.serving(), pytest.MonkeyPatch.context() as patch:
+        rollout = site.release(1)
+        patch.setattr("propolis.client.install.open_files", too_large)
+        with pytest.raises(PropolisError, match="unexpected: MemoryError"):
+            site.look()
+        assert site.wait_for_report(rollout.release, Outcome.FAILED).reason == "memory"
 
 
 @pytest.mark.parametrize("cut", [1, SEALED_CHUNK_BYTES, SEALED_CHUNK_BYTES + 1, 3 * SEALED_CHUNK_BYTES + 777])
@@ -187,22 +190,44 @@ def test_a_rollout_reaches_a_share_of_the_devices_and_never_loses_one(tmp_path: 
         assert [len(site.look(index)) for index in range(3)] == [1, 1, 1]
 
 
-def test_a_pause_lets_nobody_begin_and_a_stop_brings_the_older_release_back(site: Site) -> None:
-    first = site.release(1)
-    second = site.release(2, percent=100)
+def test_a_pause_lets_nobody_begin_and_who_has_begun_goes_on(site: Site) -> None:
+    rollout = site.release(1, files=LARGE)
+    begun = site.device(1) / INCOMING_FOLDER / rollout.manifest
+    begun.parent.mkdir()
+    begun.write_bytes(site.rollouts.package(rollout).read_bytes()[:600_000])
     site.rollouts.change("digits", progress=Progress.PAUSED)
+    with site.serving():
+        assert site.look(0) == []
+        assert len(site.look(1)) == 1
+        site.rollouts.change("digits", progress=Progress.RUNNING)
+        assert len(site.look(0)) == 1
+
+
+def test_a_stop_withdraws_a_release_for_good_and_offers_the_one_before_again(site: Site) -> None:
+    """Also where it was for all devices already; and then that one can be stopped, too."""
+    site.release(1)
+    second = site.release(2)
     with site.serving(), site.stub() as stub:
         asked = message_of(OpenRequest(second.release))
-        assert not stub.Look(message_of(LookRequest(()))).offers
-        assert stub.Open(asked).key.index == 0  # who has begun goes on
-        site.rollouts.change("digits", progress=Progress.STOPPED)
-        time.sleep(0.6)
-        with pytest.raises(grpc.RpcError) as stopped:
-            stub.Open(asked)
-        assert stopped.value.code() is grpc.StatusCode.NOT_FOUND
-    with pytest.raises(UsageError, match="was stopped, for good"):
-        site.rollouts.change("digits", progress=Progress.RUNNING)
-    assert first.sequence == 1
+        assert stub.Open(asked).key.index == 0
+        assert site.rollouts.change("digits", progress=Progress.STOPPED).sequence == 2
+        assert code_of(lambda: stub.Open(asked)) is grpc.StatusCode.NOT_FOUND
+        assert [each.sequence for each in site.look()] == [1]
+        assert site.rollouts.change("digits", percent=50).sequence == 1
+        assert site.rollouts.change("digits", progress=Progress.STOPPED).sequence == 1
+        assert site.look(1) == []
+    for progress in (Progress.RUNNING, Progress.STOPPED):
+        with pytest.raises(UsageError, match="was stopped, for good"):
+            site.rollouts.change("digits", progress=progress)
+    with pytest.raises(UsageError, match="release 7 of digits is not, or no longer, on offer"):
+        site.rollouts.change("digits", progress=Progress.STOPPED, sequence=7)
+
+
+def code_of(call: Callable[[], object]) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as error:
+        call()
+    code: grpc.StatusCode = error.value.code()
+    return code
 
 
 def test_while_a_newer_release_reaches_some_the_others_are_offered_the_older(site: Site) -> None:
@@ -211,9 +236,10 @@ def test_while_a_newer_release_reaches_some_the_others_are_offered_the_older(sit
     with site.serving():
         assert [each.sequence for each in site.look()] == [1]
         site.rollouts.change("digits", percent=100)
-        time.sleep(0.6)
         assert [each.sequence for each in site.look()] == [2]
-    assert [each.sequence for each in site.rollouts.all()] == [2]  # nobody needs the older one any more
+    assert [each.sequence for each in site.rollouts.all()] == [2, 1]
+    site.release(3)
+    assert [each.sequence for each in site.rollouts.all()] == [3, 2]  # nobody needs the first one any more
     assert not (site.rollouts.home / "digits" / "1").exists()
 
 
@@ -276,7 +302,7 @@ def test_nothing_is_kept_of_releases_that_never_were(site: Site) -> None:
     made_up = Release("digits", 9, bytes(32))
     with site.serving(), site.stub() as stub:
         stub.Report(message_of(ReportRequest(made_up, 4, "")))
-        stub.Look(message_of(LookRequest((made_up,))))
+        stub.Look(message_of(LookRequest((made_up,), ())))
         assert site.reports.of(made_up) == []
         stub.Report(message_of(ReportRequest(rollout.release, 5, "no\nline")))
         assert site.wait_for_report(rollout.release, Outcome.FAILED).reason == "unprintable"
@@ -302,7 +328,7 @@ def test_a_device_that_asks_again_and_again_is_put_off_and_the_others_are_not(si
 
             def ask_again_and_again() -> None:
                 for _ in range(300):
-                    stub.Look(message_of(LookRequest(())))
+                    stub.Look(message_of(LookRequest((), ())))
 
             with pytest.raises(grpc.RpcError) as busy:
                 ask_again_and_again()

@@ -268,7 +268,7 @@ def test_a_damaged_entry_is_told_and_not_overwritten(site: Site) -> None:
     with pytest.raises(UsageError, match="enrolled/0 is damaged"):
         site.membership.admit(0, device.state.descriptor)
     site.membership.refresh()
-    with pytest.raises(TrustError, match="device 0 cannot be looked up"):
+    with pytest.raises(UsageError, match="enrolled/0 is damaged"):
         site.membership.require(name_of(device))
 
 

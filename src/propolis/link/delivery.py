@@ -45,9 +45,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class LookRequest:
-    """What is there for this device, which has these installed, please."""
+    """What is there for this device, which has these installed, and parts of those, please."""
 
     installed: tuple[Release, ...] = many(MOST_OFFERS)
+    begun: tuple[Release, ...] = many(MOST_OFFERS)
     version: int = version_field()
 
 
