@@ -12,14 +12,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import grpc
 from flwr.app.user_config import UserConfigValue
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from propolis.link.certificates import Tls
 from propolis.link.frames import Farewell, Reason, Welcome, decode_frame, encode_frame, farewell
+from propolis.link.health import Health
 from propolis.link.options import METHOD, SERVER_OPTIONS, SERVICE, listen
 from propolis.secure.errors import PeerError, UsageError
 from propolis.server.delivery import Delivery
@@ -149,7 +150,7 @@ class LinkServer:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
         if self._delivery is not None:
             server.add_generic_rpc_handlers((self._delivery.handlers(),))
-        status = _Health()
+        status = Health()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         credentials = grpc.ssl_server_credentials(
             [(self._tls.private_key, self._tls.certificate)], self._tls.authority, require_client_auth=True
@@ -205,14 +206,6 @@ async def _end_tasks() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.get_running_loop().shutdown_asyncgens()
     await asyncio.get_running_loop().shutdown_default_executor()
-
-
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """gRPC's health checks, one at a time: whoever has a certificate could watch with many streams for ever."""
-
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        """Not offered."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "use Check")
 
 
 def _raise_file_limit() -> None:

@@ -53,6 +53,23 @@ def mixed() -> bytes:
     return bytes(proto_of(nodes, inputs, outputs, {"table": np.array([10, 20, 30], np.float32)}).SerializeToString())
 
 
+def endless() -> bytes:
+    """output = input, after 2^62 rounds of a loop."""
+    size = ("batch", 4)
+    goes_on, carried = value("goes_on", TensorProto.BOOL), value("carried", TensorProto.FLOAT, *size)
+    nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in ("goes_on", "carried")]
+    body = helper.make_graph(
+        nodes,
+        "body",
+        [value("round", TensorProto.INT64), goes_on, carried],
+        [value("goes_on_out", TensorProto.BOOL), value("carried_out", TensorProto.FLOAT, *size)],
+    )
+    loop = helper.make_node("Loop", ["rounds", "begins", "input"], ["output"], body=body)
+    weights = {"rounds": np.array(2**62, np.int64), "begins": np.array(True)}
+    inputs, outputs = value("input", TensorProto.FLOAT, *size), value("output", TensorProto.FLOAT, *size)
+    return bytes(proto_of([loop], [inputs], [outputs], weights).SerializeToString())
+
+
 def external(where: str) -> onnx.ModelProto:
     """The linear model with a tensor in this place that is said to be in another file."""
     tensor = numpy_helper.from_array(WEIGHTS, "elsewhere")

@@ -25,12 +25,15 @@ class Gate:
 
     def __init__(self, model: Model) -> None:
         self.model, self.open, self.sizes = model, threading.Event(), list[int]()
+        self.fails: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert self.open.wait(DEADLINE_S)
+        if isinstance(self.fails, Exception):
+            raise self.fails
         self.sizes.append(len(next(iter(inputs.values()))))
         return self.model.run(inputs)
 
@@ -234,5 +237,81 @@ def test_closing_ends_although_the_model_does_not() -> None:
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert [getattr(answer, "fault", None) for answer in answers] == [Fault.STOPPING] * 2
         gate.open.set()
+
+    within(run())
+
+
+def test_whatever_fails_is_answered_and_the_next_ones_are_computed(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        batcher, gate = await gated(Batching(delay_s=0.05))
+        gate.open.set()
+        gate.fails = MemoryError()
+        for count in (1, 2):
+            asked = [batcher.infer(ones(1)) for _ in range(count)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert [getattr(answer, "fault", None) for answer in answers] == [Fault.FAILED] * count
+        gate.fails = None
+        assert (await batcher.infer(ones(1)))["output"].shape == (1, 2)
+        await batcher.close(DEADLINE_S)
+
+    within(run())
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [MemoryError] * 3
+
+
+@pytest.mark.parametrize("odd", [np.float32(1), np.zeros((1, 2), np.float32)])
+def test_who_cannot_be_answered_together_is_answered_alone(odd: np.ndarray) -> None:
+    """A model that says to be batched, and gives one output for all that are in a batch."""
+
+    class Odd(Gate):
+        def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"output": np.asarray(odd)} if len(inputs["input"]) > 1 else super().run(inputs)
+
+    async def run() -> None:
+        gate = Odd(load_model(linear()))
+        gate.open.set()
+        batcher = Batcher(gate, Batching(delay_s=0.05))  # type: ignore[arg-type]
+        answers = await asyncio.gather(*(batcher.infer(ones(1)) for _ in range(3)))
+        assert [answer["output"].tolist() for answer in answers] == [(ones(1)["input"] @ WEIGHTS).tolist()] * 3
+        assert gate.sizes == [1, 1, 1]
+        await batcher.close(DEADLINE_S)
+
+    within(run())
+
+
+def test_bytes_that_wait_are_bounded_besides_their_number() -> None:
+    async def run() -> None:
+        batcher, gate = await gated(Batching(queue_bytes=160))
+        first = await busy(batcher)  # 16 bytes
+        more = [asyncio.create_task(batcher.infer(ones(4)))]  # 64
+        await asyncio.sleep(0)
+        with pytest.raises(InferenceError, match="requests of 80 bytes wait already") as caught:
+            await batcher.infer(ones(4), beside=17)
+        assert caught.value.fault is Fault.BUSY
+        more.append(asyncio.create_task(batcher.infer(ones(4), beside=16)))
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(first, *more)
+        assert (await batcher.infer(ones(11)))["output"].shape == (11, 2), "one alone may hold more"
+        await batcher.close(DEADLINE_S)
+
+    within(run())
+
+
+def test_who_has_gone_leaves_the_place_to_others() -> None:
+    async def run() -> None:
+        batcher, gate = await gated(Batching(queue=2))
+        first = await busy(batcher)
+        gone = [asyncio.create_task(batcher.infer(ones(1))) for _ in range(2)]
+        await asyncio.sleep(0)
+        for each in gone:
+            each.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(batcher.infer(ones(1))) for _ in range(2)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(first, *others)
+        assert gate.sizes == [1, 2]
+        await batcher.close(DEADLINE_S)
 
     within(run())

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +19,10 @@ import tritonclient.grpc as triton
 from conftest import Command
 from inferring import DEADLINE_S, rows, running, tensor
 from onnx import TensorProto
-from onnx_models import WEIGHTS, copying, external, linear, mixed
+from onnx_models import WEIGHTS, copying, endless, external, linear, mixed
 from serving_processes import serving
 
+from harness import free_port
 from propolis.link.authority import Authority
 from propolis.link.certificates import DeviceName, new_tls_key, signing_request, to_pem
 from propolis.link.keys import save_private_key
@@ -108,6 +110,49 @@ def test_sigterm_finishes_what_waits_and_refuses_new_requests(tmp_path: Path) ->
             with pytest.raises(triton.InferenceServerException, match=r"UNAVAILABLE|unavailable|refused|closed"):
                 client.infer("m", given, client_timeout=3)
         assert process.wait(DEADLINE_S) == 0
+
+
+_SERVES = """
+import asyncio, sys
+from pathlib import Path
+from propolis.link.address import Address
+from propolis.serving.model import load_model_file
+from propolis.serving.server import ServingOptions, serve
+
+options = ServingOptions(Address.parse(sys.argv[1]), drain_s=0.5)
+asyncio.run(serve([load_model_file(Path("endless.onnx"), "m")], options))
+"""
+
+
+def test_a_model_that_never_ends_does_not_keep_the_process(tmp_path: Path) -> None:
+    (tmp_path / "endless.onnx").write_bytes(endless())
+    url = f"127.0.0.1:{free_port()}"
+    with subprocess.Popen([sys.executable, "-c", _SERVES, url], cwd=tmp_path) as process:
+        try:
+            with triton.InferenceServerClient(url) as client:
+                wait_until(lambda: is_ready(client))
+                with ThreadPoolExecutor(1) as caller:
+                    asked = caller.submit(client.infer, "m", [tensor("input", "FP32", rows(1))], client_timeout=60)
+                    threading.Event().wait(0.5)
+                    process.send_signal(signal.SIGTERM)
+                    assert process.wait(DEADLINE_S) == 0
+                    assert isinstance(asked.exception(DEADLINE_S), triton.InferenceServerException)
+        finally:
+            process.kill()
+
+
+def is_ready(client: triton.InferenceServerClient) -> bool:
+    try:
+        return bool(client.is_server_ready(client_timeout=1))
+    except triton.InferenceServerException:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < until
+        threading.Event().wait(0.02)
 
 
 def wait_for_pending(process: subprocess.Popen[str], count: int) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,9 +24,10 @@ from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from propolis.link.address import Address
 from propolis.secure.errors import UsageError
-from propolis.serving.batching import Batching
+from propolis.serving.batching import Batcher, Batching
 from propolis.serving.model import load_model
 from propolis.serving.server import InferenceServer, ServingOptions
+from propolis.serving.service import InferenceService
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +135,70 @@ def test_errors_are_statuses(
     assert status_of(client, model, tensor("input", datatype, array), **more).startswith(f"StatusCode.{expected}")
 
 
+def refusal(server: Running, request: service_pb2.ModelInferRequest) -> str:
+    with pytest.raises(grpc.RpcError) as caught:
+        stub(server).ModelInfer(request, timeout=DEADLINE_S)
+    return f"{caught.value.code()} {caught.value.details()}"
+
+
+def test_what_does_not_fit_the_model_is_refused_before_it_is_decoded(served: Running) -> None:
+    many = typed_request()
+    many.outputs.extend([service_pb2.ModelInferRequest.InferRequestedOutputTensor()] * 800_000)
+    assert refusal(served, many) == "StatusCode.INVALID_ARGUMENT 800000 outputs: model 'linear' has 1"
+    many = typed_request()
+    many.inputs.extend([service_pb2.ModelInferRequest.InferInputTensor()] * 800_000)
+    assert refusal(served, many) == "StatusCode.INVALID_ARGUMENT 800001 inputs: model 'linear' has 1"
+    wrong = typed_request()
+    wrong.inputs[0].shape[:] = [1] * 400_000
+    assert "expected shape [-1, 4], got [1, 1, 1" in (said := refusal(served, wrong))
+    assert len(said) < 300
+    wrong = typed_request()
+    wrong.inputs[0].datatype = "INT64"  # which its content is not either
+    assert refusal(served, wrong) == "StatusCode.INVALID_ARGUMENT input 'input': expected FP32, got INT64"
+
+
+def test_what_is_no_message_is_refused(served: Running) -> None:
+    call = grpc.insecure_channel(served.url).unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    with pytest.raises(grpc.RpcError, match="this is no ModelInferRequest"):
+        call(b"\xff", timeout=DEADLINE_S)
+
+
+def test_a_request_that_waits_takes_its_message_and_its_arrays_and_no_more() -> None:
+    """Each is 2 MB on the wire and 16 MB as an array; what protobuf decodes it to takes as much once more."""
+    count, size = 6, 2_000_000
+    request = service_pb2.ModelInferRequest(model_name="wide")
+    request.inputs.add(name="input", datatype="INT64", shape=[1, size]).contents.int64_contents.extend([1] * size)
+    data = request.SerializeToString()
+    del request
+
+    async def ask() -> float:
+        service, release = InferenceService(), threading.Event()
+        service.is_ready = True
+        model = load_model(copying(TensorProto.INT64), "wide")
+        batcher = Batcher(model, Batching(largest=1, delay_s=0, queue_bytes=10**10))
+        service.put(batcher)
+        batcher._thread._calls.put(lambda: release.wait(DEADLINE_S) and None)
+        handler = service.handlers().service(SimpleNamespace(method="/inference.GRPCInferenceService/ModelInfer"))
+        assert handler.request_deserializer is None, "gRPC would hold what it decodes"
+        before = memory()
+        context = SimpleNamespace(time_remaining=lambda: None)
+        asked = [asyncio.create_task(handler.unary_unary(bytes(bytearray(data)), context)) for _ in range(count)]
+        while len(batcher._waiting) < count - 1:
+            await asyncio.sleep(0.01)
+        held = memory() - before
+        release.set()
+        await asyncio.gather(*asked)
+        await batcher.close(DEADLINE_S)
+        return held / count
+
+    assert asyncio.run(ask()) < 35e6
+
+
+def memory() -> float:
+    """Bytes of this process."""
+    return float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def test_a_model_that_fails_is_internal(client: triton.InferenceServerClient) -> None:
     inputs = (
         tensor("index", "INT64", np.array([7])),
@@ -185,6 +254,33 @@ def test_grpcs_own_health_checks_are_answered(served: Running) -> None:
     for name in ("", "inference.GRPCInferenceService"):
         reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=DEADLINE_S)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_health_is_not_watched(served: Running) -> None:
+    with pytest.raises(grpc.RpcError, match="use Check"):
+        next(health_pb2_grpc.HealthStub(grpc.insecure_channel(served.url)).Watch(health_pb2.HealthCheckRequest()))
+
+
+def test_one_connection_does_not_take_all_calls() -> None:
+    async def ask(url: str) -> int:
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(url, own) as greedy, grpc.aio.insecure_channel(url, own) as other:
+            begin = greedy.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+            calls = [begin() for _ in range(200)]  # whose message never comes
+            await asyncio.sleep(1)
+            with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+                await greedy.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=1)
+            answer = other.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                service_pb2.ModelInferRequest.SerializeToString,
+                service_pb2.ModelInferResponse.FromString,
+            )
+            response = await answer(typed_request(), timeout=DEADLINE_S)
+            assert not any(call.done() for call in calls)
+            return len(response.outputs)
+
+    with running(load_model(linear()), batching=Batching(largest=4, queue=4)) as server:
+        assert asyncio.run(ask(server.url)) == 1
 
 
 def test_our_messages_and_tritons_are_the_same_on_the_wire() -> None:

@@ -62,6 +62,8 @@ BOTH.raw_input_contents.append(bytes(4))
         (raw(bytes(8), shape=(-1, 2)), "none below zero"),
         (raw(bytes(8), shape=(2**62, 2**62)), "the content has 2"),
         (raw(bytes(8), shape=(1,) * 33), "at most 32 sizes"),
+        (raw(b"", shape=(0, 2**62, 2**62)), "is too large"),
+        (typed("FP32", shape=(0, 2**31 + 1)), "is too large"),
         (raw(b"\x00\x02", "BOOL"), "a BOOL is a byte 0 or 1"),
         (typed("FP32", fp64_contents=[1.0]), "expected fp32_contents, got fp64_contents"),
         (typed("FP32", fp32_contents=[1.0], bool_contents=[True]), "expected fp32_contents, got bool_contents"),

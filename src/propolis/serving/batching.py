@@ -7,10 +7,10 @@ grow with the load and a lone caller waits for nobody, unless a delay says how l
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,9 +19,12 @@ import numpy as np
 from propolis.serving.faults import Fault, InferenceError
 from propolis.serving.metrics import ModelMetrics
 from propolis.serving.model import Model
+from propolis.serving.worker import Worker
 
 Arrays = Mapping[str, np.ndarray]
 _Answer = dict[str, np.ndarray] | InferenceError
+_STOP_S = 2.0
+_log = logging.getLogger("propolis.serving")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,13 @@ class Batching:
         largest: examples that are computed at once, and the most that one request may have.
         delay_s: how long the oldest request may wait for a batch to become full.
         queue: requests that may wait; more are refused.
+        queue_bytes: that requests may hold until they are answered; one alone may hold more.
     """
 
     largest: int = 32
     delay_s: float = 0.0
     queue: int = 256
+    queue_bytes: int = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,16 +79,18 @@ class Batcher:
         self._batching = batching
         self._waiting: deque[_Request] = deque()
         self._arrived = asyncio.Event()
+        self._held = 0  # bytes of the requests without an answer
         self._is_closing = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="propolis-model")
+        self._thread = Worker("propolis-model")
         self._worker = asyncio.get_running_loop().create_task(self._work())
 
-    async def infer(self, inputs: Arrays, deadline: float | None = None) -> dict[str, np.ndarray]:
+    async def infer(self, inputs: Arrays, deadline: float | None = None, beside: int = 0) -> dict[str, np.ndarray]:
         """The model's outputs for one request.
 
         Args:
             inputs: arrays by name.
             deadline: as `time.monotonic` has it; a request that has waited until then is not computed.
+            beside: bytes that the caller keeps for it besides the inputs.
 
         Raises:
             InferenceError: the inputs do not fit the model, too many requests wait, the deadline passed, the batcher
@@ -91,7 +98,7 @@ class Batcher:
         """
         arrived = time.monotonic()
         try:
-            outputs = await self._enqueue(inputs, arrived, deadline)
+            outputs = await self._enqueue(inputs, arrived, deadline, beside)
         except InferenceError as error:
             self.metrics.count_failure(error.fault)
             raise
@@ -102,7 +109,9 @@ class Batcher:
         self.metrics.count_time("request", time.monotonic() - arrived)
         return outputs
 
-    def _enqueue(self, inputs: Arrays, arrived: float, deadline: float | None) -> asyncio.Future[dict[str, np.ndarray]]:
+    def _enqueue(
+        self, inputs: Arrays, arrived: float, deadline: float | None, beside: int
+    ) -> asyncio.Future[dict[str, np.ndarray]]:
         size, largest = self.model.require(inputs), self._batching.largest
         if size > largest:
             raise InferenceError(Fault.INVALID, f"{size} examples: expected at most {largest} in a request")
@@ -110,10 +119,23 @@ class Batcher:
             raise InferenceError(Fault.STOPPING, "the server is stopping")
         if len(self._waiting) >= self._batching.queue:
             raise InferenceError(Fault.BUSY, f"{len(self._waiting)} requests wait already: try again later")
+        held = beside + sum(array.nbytes for array in inputs.values())
+        if self._held and self._held + held > self._batching.queue_bytes:
+            raise InferenceError(Fault.BUSY, f"requests of {self._held} bytes wait already: try again later")
         answer: asyncio.Future[dict[str, np.ndarray]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Request(inputs, size, arrived, deadline, answer))
+        request = _Request(inputs, size, arrived, deadline, answer)
+        answer.add_done_callback(lambda _: self._forget(request, held))
+        self._held += held
+        self._waiting.append(request)
         self._arrived.set()
         return answer
+
+    def _forget(self, request: _Request, held: int) -> None:
+        """Give the place of a request to others as soon as it has its answer, or its caller is gone."""
+        self._held -= held
+        if request.answer.cancelled():
+            with suppress(ValueError):  # the worker has taken it
+                self._waiting.remove(request)
 
     async def close(self, seconds: float) -> None:
         """Refuse new requests, and finish those that wait, for as long as `seconds`."""
@@ -125,7 +147,10 @@ class Batcher:
         for request in self._waiting:
             _fail(request, InferenceError(Fault.STOPPING, "the server is stopping"))
         self._waiting.clear()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
+        if not done:  # a process that ends beside a run is aborted by the runtime
+            self.model.stop()
+            await self._thread.ended(_STOP_S)
         self.metrics.pending = lambda: 0  # the counts stay, the model need not
 
     async def _work(self) -> None:
@@ -175,7 +200,7 @@ class Batcher:
         began = time.monotonic()
         parts = [(request.inputs, request.size) for request in batch]
         try:
-            computed = await asyncio.get_running_loop().run_in_executor(self._thread, compute, self.model, parts)
+            computed = await self._thread.run(compute, self.model, parts)
         except asyncio.CancelledError:
             for request in batch:
                 _fail(request, InferenceError(Fault.STOPPING, "the server stopped before the model had ended"))
@@ -197,17 +222,28 @@ def compute(model: Model, parts: Sequence[tuple[Arrays, int]]) -> _Computed:
         model: that computes.
         parts: inputs and number of examples of each request.
     """
+    try:
+        return _compute_together(model, parts)
+    except Exception as error:  # whatever it is: the worker goes on, and everybody gets an answer
+        return _Computed([_failure(error)], 0, (0, 0, 0)) if len(parts) == 1 else _compute_each(model, parts)
+
+
+def _compute_together(model: Model, parts: Sequence[tuple[Arrays, int]]) -> _Computed:
     times = [time.perf_counter()]
     joined = parts[0][0] if len(parts) == 1 else _joined(parts)
     times.append(time.perf_counter())
-    try:
-        outputs = model.run(joined)
-    except InferenceError as error:
-        return _Computed([error], 0, (0, 0, 0)) if len(parts) == 1 else _compute_each(model, parts)
+    outputs = model.run(joined)
     times.append(time.perf_counter())
     answers: list[_Answer] = [outputs] if len(parts) == 1 else _split(outputs, [size for _, size in parts])
     times.append(time.perf_counter())
     return _Computed(answers, 1, (times[1] - times[0], times[2] - times[1], times[3] - times[2]))
+
+
+def _failure(error: Exception) -> InferenceError:
+    if isinstance(error, InferenceError):
+        return error
+    _log.error("a request could not be computed", exc_info=error)
+    return InferenceError(Fault.FAILED, f"the server fails on this request: {type(error).__name__}")
 
 
 def _compute_each(model: Model, parts: Sequence[tuple[Arrays, int]]) -> _Computed:
@@ -221,9 +257,8 @@ def _joined(parts: Sequence[tuple[Arrays, int]]) -> dict[str, np.ndarray]:
 
 
 def _split(outputs: Arrays, sizes: Sequence[int]) -> list[_Answer]:
-    if any(len(array) != sum(sizes) for array in outputs.values()):
-        error = InferenceError(Fault.FAILED, "the model does not give one output for each example")
-        return [error for _ in sizes]
+    if any(array.ndim == 0 or len(array) != sum(sizes) for array in outputs.values()):
+        raise InferenceError(Fault.FAILED, "the model does not give one output for each example")
     ends = np.cumsum(sizes)
     return [
         {name: array[end - size : end] for name, array in outputs.items()}

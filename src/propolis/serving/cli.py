@@ -88,11 +88,13 @@ class ServingFlags:
         from propolis.serving.batching import Batching
         from propolis.serving.server import ServingOptions
 
+        largest = self.largest_message * 2**20
+        held = max(Batching().queue_bytes, 4 * largest)
         return ServingOptions(
             Address.parse(self.listen),
             None if self.metrics == _NOWHERE else Address.parse(self.metrics),
-            Batching(self.max_batch, self.max_delay_ms / 1000, self.queue),
-            self.largest_message * 2**20,
+            Batching(self.max_batch, self.max_delay_ms / 1000, self.queue, held),
+            largest,
             self.require_certificate,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 METADATA_PREFIX = "propolis."  # of what our own export writes into a model's metadata
 _UNNAMED_VERSION = "1"
+_MOST_SHOWN = 33  # sizes of a shape that is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,15 @@ class TensorSpec:
     shape: tuple[int | None, ...]
     is_batched: bool
 
-    def require(self, array: np.ndarray) -> None:
-        """Raise InferenceError (INVALID) unless the array is one of these."""
-        if datatype_of(array) != self.datatype:
-            given = datatype_of(array) or array.dtype
-            raise InferenceError(Fault.INVALID, f"input '{self.name}': expected {self.datatype}, got {given}")
-        fits = len(array.shape) == len(self.shape) and all(
-            size in (None, given) for size, given in zip(self.shape, array.shape, strict=True)
+    def require(self, datatype: str, shape: Sequence[int]) -> None:
+        """Raise InferenceError (INVALID) unless an array of this type and shape is one of these."""
+        if datatype != self.datatype:
+            raise InferenceError(Fault.INVALID, f"input '{self.name}': expected {self.datatype}, got {datatype:.20}")
+        fits = len(shape) == len(self.shape) and all(
+            size in (None, given) for size, given in zip(self.shape, shape, strict=True)
         )
         if not fits:
-            expected, got = shape_in_words(self.shape), list(array.shape)
+            expected, got = shape_in_words(self.shape), list(shape[:_MOST_SHOWN])
             raise InferenceError(Fault.INVALID, f"input '{self.name}': expected shape {expected}, got {got}")
 
 
@@ -70,6 +70,7 @@ class Model:
     outputs: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
     _session: onnxruntime.InferenceSession
+    _options: onnxruntime.RunOptions
 
     @property
     def is_batched(self) -> bool:
@@ -86,6 +87,16 @@ class Model:
             InferenceError: a name, datatype or shape is another one, or the inputs have different numbers of
                 examples, or none (INVALID).
         """
+        self.require_described({name: (_datatype(array), array.shape) for name, array in inputs.items()})
+        if not self.is_batched:
+            return 1
+        sizes = {len(array) for array in inputs.values()}
+        if len(sizes) != 1 or 0 in sizes:
+            raise InferenceError(Fault.INVALID, f"inputs of {sorted(sizes)} examples: expected one size, 1 or more")
+        return sizes.pop()
+
+    def require_described(self, inputs: Mapping[str, tuple[str, Sequence[int]]]) -> None:
+        """Check datatypes and shapes by name, as far as they can be without the content; raises InferenceError."""
         expected, given = {spec.name for spec in self.inputs}, set(inputs)
         if odd := sorted(expected ^ given):
             which = "is missing" if odd[0] in expected else "is unknown"
@@ -93,13 +104,11 @@ class Model:
                 Fault.INVALID, f"input '{odd[0]:.100}' {which}: expected {', '.join(sorted(expected))}"
             )
         for spec in self.inputs:
-            spec.require(inputs[spec.name])
-        if not self.is_batched:
-            return 1
-        sizes = {len(array) for array in inputs.values()}
-        if len(sizes) != 1 or 0 in sizes:
-            raise InferenceError(Fault.INVALID, f"inputs of {sorted(sizes)} examples: expected one size, 1 or more")
-        return sizes.pop()
+            spec.require(*inputs[spec.name])
+
+    def stop(self) -> None:
+        """End the runs that are under way, once their current operators have ended; they fail, and so do later ones."""
+        self._options.terminate = True
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs for these inputs, which `require` accepts, by name.
@@ -108,7 +117,7 @@ class Model:
             InferenceError: the model fails on them (FAILED).
         """
         try:
-            values = self._session.run(None, dict(inputs))
+            values = self._session.run(None, dict(inputs), self._options)
         except Exception as error:  # the runtime has no base class of its own
             raise InferenceError(Fault.FAILED, f"the model fails on these inputs: {_first_line(error)}") from None
         return {spec.name: value for spec, value in zip(self.outputs, values, strict=True)}
@@ -130,7 +139,7 @@ def load_model(data: bytes, name: str | None = None, version: str | None = None,
         UsageError: it is no ONNX model, has tensors elsewhere, or the runtime cannot run it; or there is no runtime.
     """
     require_self_contained(data)
-    session = _session(data, threads)
+    session, options = _session(data, threads)
     metadata = dict(session.get_modelmeta().custom_metadata_map)
     batch = _batch_symbol([*session.get_inputs(), *session.get_outputs()])
     return Model(
@@ -140,6 +149,7 @@ def load_model(data: bytes, name: str | None = None, version: str | None = None,
         tuple(_spec(node, batch) for node in session.get_outputs()),
         metadata,
         session,
+        options,
     )
 
 
@@ -197,7 +207,7 @@ def _tensors_of_sparse(tensors: Iterable[pb.SparseTensor]) -> Iterator[pb.Tensor
         yield from (tensor.values, tensor.indices)
 
 
-def _session(data: bytes, threads: int) -> onnxruntime.InferenceSession:
+def _session(data: bytes, threads: int) -> tuple[onnxruntime.InferenceSession, onnxruntime.RunOptions]:
     try:
         import onnxruntime
     except ImportError:
@@ -208,9 +218,10 @@ def _session(data: bytes, threads: int) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.load_model_format", "ONNX")  # and no other, which nobody has looked at
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle server takes no processor
     try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has no base class of its own
         raise UsageError(f"ONNX Runtime cannot run this model: {_first_line(error)}") from None
+    return session, onnxruntime.RunOptions()
 
 
 def _batch_symbol(nodes: Iterable[Any]) -> str | None:
@@ -225,6 +236,10 @@ def _spec(node: Any, batch: str | None) -> TensorSpec:
         raise UsageError(f"the model's '{node.name}' is a {node.type}, which cannot be served")
     shape = tuple(size if isinstance(size, int) else None for size in node.shape)
     return TensorSpec(node.name, datatype, shape, batch is not None)
+
+
+def _datatype(array: np.ndarray) -> str:
+    return datatype_of(array) or str(array.dtype)
 
 
 def _first_line(error: BaseException) -> str:

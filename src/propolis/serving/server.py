@@ -14,10 +14,10 @@ from pathlib import Path
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
 
 from propolis.link.address import Address
 from propolis.link.certificates import Tls, fault_of, load_tls, not_for_a_server
+from propolis.link.health import Health
 from propolis.link.options import listen
 from propolis.secure.errors import UsageError
 from propolis.serving.batching import Batcher, Batching
@@ -29,6 +29,10 @@ from propolis.serving.service import SERVICE, Admit, InferenceService
 DRAIN_S = 30.0
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _OTHER_CALLS = 64  # that may be under way beside those that wait for a model
+_CONNECTIONS_FOR_ALL = 4  # that it takes to have all calls under way
+_MOST_CONNECTIONS = 512
+_AGE_S, _AGE_GRACE_S = 600, 120
+_PING_S, _PING_TIMEOUT_S = 30, 20
 _log = logging.getLogger("propolis.serving")
 
 
@@ -67,7 +71,7 @@ class InferenceServer:
         self._service = InferenceService(admit)
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
-        self._health = health.HealthServicer()
+        self._health = Health()
         self._server: grpc.aio.Server | None = None
         self.port = self.metrics_port = 0
 
@@ -110,10 +114,10 @@ class InferenceServer:
             await asyncio.to_thread(self._metrics_server.close)
 
     def _listening(self, models: int) -> grpc.aio.Server:
-        batching, limit = self._options.batching, self._options.largest_message
+        batching = self._options.batching
+        calls = max(1, models) * (batching.queue + batching.largest) + _OTHER_CALLS
         server = grpc.aio.server(
-            options=_grpc_options(limit),
-            maximum_concurrent_rpcs=max(1, models) * (batching.queue + batching.largest) + _OTHER_CALLS,
+            options=_grpc_options(self._options.largest_message, calls), maximum_concurrent_rpcs=calls
         )
         server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -132,13 +136,21 @@ class InferenceServer:
         return listen(server, str(address), credentials)
 
 
-def _grpc_options(largest_message: int) -> list[tuple[str, int]]:
+def _grpc_options(largest_message: int, calls: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", largest_message),
         ("grpc.max_send_message_length", largest_message),
         ("grpc.compression_enabled_algorithms_bitset", 1),  # gRPC would inflate a message before it measures it
         ("grpc.so_reuseport", 0),  # a port in use is an error
         ("grpc.server_handshake_timeout_ms", 10_000),
+        # A call counts from its first byte, whether its message comes or not: no connection may have all of them, and
+        # none lives for ever. A client connects again by itself, and goes on meanwhile.
+        ("grpc.max_concurrent_streams", max(1, calls // _CONNECTIONS_FOR_ALL)),
+        ("grpc.max_allowed_incoming_connections", _MOST_CONNECTIONS),
+        ("grpc.max_connection_age_ms", _AGE_S * 1000),
+        ("grpc.max_connection_age_grace_ms", _AGE_GRACE_S * 1000),
+        ("grpc.keepalive_time_ms", _PING_S * 1000),  # who is gone without a word
+        ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_S * 1000),
     ]
 
 

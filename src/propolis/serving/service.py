@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn, Protocol
 
 import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
 
 from propolis.protos import inference_pb2 as pb
 from propolis.secure.errors import TrustError
@@ -47,6 +50,15 @@ class Context(Protocol):
         """End the call with a status."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    batcher: Batcher
+    id: str
+    inputs: dict[str, np.ndarray]
+    outputs: list[str]
+    is_raw: bool
+
+
 class InferenceService:
     """Answers the protocol's calls from the models that it was given; belongs to one event loop.
 
@@ -80,7 +92,7 @@ class InferenceService:
             "ModelReady": (self._model_ready, pb.ModelReadyRequest),
             "ServerMetadata": (self._server_metadata, pb.ServerMetadataRequest),
             "ModelMetadata": (self._model_metadata, pb.ModelMetadataRequest),
-            "ModelInfer": (self._model_infer, pb.ModelInferRequest),
+            "ModelInfer": (self._model_infer, None),  # which reads it itself
         }
         return grpc.method_handlers_generic_handler(
             SERVICE, {name: _unary(answer, request, self._admit) for name, (answer, request) in methods.items()}
@@ -118,27 +130,39 @@ class InferenceService:
             outputs=map(_tensor, model.outputs),
         )
 
-    async def _model_infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+    async def _model_infer(self, message: bytes, context: Context) -> pb.ModelInferResponse:
+        asked = self._read(message)
+        batcher, remaining = asked.batcher, context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        outputs = await batcher.infer(asked.inputs, deadline, len(message))
+        response = pb.ModelInferResponse(
+            model_name=batcher.model.name, model_version=batcher.model.version, id=asked.id
+        )
+        encode_outputs({name: outputs[name] for name in asked.outputs}, asked.is_raw, response)
+        return response
+
+    def _read(self, message: bytes) -> _Asked:
+        """What a message asks for. The message in its decoded form, which may be many times as large, ends here."""
+        try:
+            request = pb.ModelInferRequest.FromString(message)
+        except DecodeError:
+            raise InferenceError(Fault.INVALID, "this is no ModelInferRequest") from None
         batcher = self._find(request.model_name, request.model_version)
         try:
             if not self.is_ready:
                 raise InferenceError(Fault.STOPPING, "the server is not ready")
             wanted = _outputs_asked_for(request, batcher.model)
+            _require_inputs(request, batcher.model)
             inputs = decode_inputs(request)
         except InferenceError as error:
             batcher.metrics.count_failure(error.fault)
             raise
-        remaining = context.time_remaining()
-        outputs = await batcher.infer(inputs, None if remaining is None else time.monotonic() + remaining)
-        response = pb.ModelInferResponse(
-            model_name=batcher.model.name, model_version=batcher.model.version, id=request.id
-        )
-        encode_outputs({name: outputs[name] for name in wanted}, bool(request.raw_input_contents), response)
-        return response
+        return _Asked(batcher, request.id, inputs, wanted, bool(request.raw_input_contents))
 
 
 def _outputs_asked_for(request: pb.ModelInferRequest, model: Model) -> list[str]:
     known = [spec.name for spec in model.outputs]
+    _require_number("outputs", len(request.outputs), len(known), model)
     asked = [output.name for output in request.outputs]
     if odd := [name for name in asked if name not in known]:
         raise InferenceError(
@@ -148,6 +172,17 @@ def _outputs_asked_for(request: pb.ModelInferRequest, model: Model) -> list[str]
         if refused := [name for name in _REFUSED_PARAMETERS if name in output.parameters]:
             raise InferenceError(Fault.INVALID, f"output '{output.name}': {refused[0]} is not available here")
     return list(dict.fromkeys(asked)) or known
+
+
+def _require_inputs(request: pb.ModelInferRequest, model: Model) -> None:
+    """Refuse what does not fit the model before its content is looked at, which takes time."""
+    _require_number("inputs", len(request.inputs), len(model.inputs), model)
+    model.require_described({tensor.name: (tensor.datatype, tensor.shape) for tensor in request.inputs})
+
+
+def _require_number(what: str, given: int, known: int, model: Model) -> None:
+    if given > known:
+        raise InferenceError(Fault.INVALID, f"{given} {what}: model '{model.name}' has {known}")
 
 
 def _tensor(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
@@ -172,6 +207,6 @@ def _unary(
 
     return grpc.unary_unary_rpc_method_handler(
         handle,
-        request_deserializer=request.FromString,
+        request_deserializer=None if request is None else request.FromString,
         response_serializer=lambda message: message.SerializeToString(),
     )

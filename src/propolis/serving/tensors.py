@@ -12,6 +12,7 @@ from propolis.protos import inference_pb2 as pb
 from propolis.serving.faults import Fault, InferenceError
 
 _MOST_DIMENSIONS = 32  # numpy's own bound is 64
+_MOST_ELEMENTS = 2**31  # also where a size of zero makes it none at all: numpy and the runtime multiply the others
 
 
 class _Datatype(NamedTuple):
@@ -75,31 +76,42 @@ def _decode(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) ->
     shape = tuple(tensor.shape)
     if len(shape) > _MOST_DIMENSIONS or any(size < 0 for size in shape):
         raise _invalid(f"{what}: the shape must be at most {_MOST_DIMENSIONS} sizes, none below zero")
-    flat = _from_raw(raw, datatype, what) if raw is not None else _from_elements(tensor.contents, datatype, what)
-    if len(flat) != math.prod(shape):
-        raise _invalid(f"{what}: shape {list(shape)} is {math.prod(shape)} elements, the content has {len(flat)}")
-    return flat.reshape(shape)
+    if raw is not None:
+        return _from_raw(raw, datatype, shape, what)
+    return _from_elements(tensor.contents, datatype, shape, what)
 
 
-def _from_raw(raw: bytes, datatype: _Datatype, what: str) -> np.ndarray:
+def _from_raw(raw: bytes, datatype: _Datatype, shape: tuple[int, ...], what: str) -> np.ndarray:
     kind = np.dtype(datatype.numpy).newbyteorder("<")
     if len(raw) % kind.itemsize:
         raise _invalid(f"{what}: {len(raw)} bytes are no whole number of elements of {kind.itemsize}")
+    _require_elements(shape, len(raw) // kind.itemsize, what)
     if kind.kind == "b" and raw.translate(None, b"\x00\x01"):
         raise _invalid(f"{what}: a BOOL is a byte 0 or 1")
-    return np.frombuffer(raw, kind)
+    return np.frombuffer(raw, kind).reshape(shape)
 
 
-def _from_elements(contents: pb.InferTensorContents, datatype: _Datatype, what: str) -> np.ndarray:
+def _from_elements(
+    contents: pb.InferTensorContents, datatype: _Datatype, shape: tuple[int, ...], what: str
+) -> np.ndarray:
     filled = [field.name for field, _ in contents.ListFields()]
     if not datatype.field:
         raise _invalid(f"{what}: this datatype has no typed contents; give raw_input_contents")
     if filled not in ([], [datatype.field]):
         raise _invalid(f"{what}: expected {datatype.field}, got {', '.join(filled)}")
+    elements = getattr(contents, datatype.field)
+    _require_elements(shape, len(elements), what)
     try:
-        return np.array(getattr(contents, datatype.field), datatype.numpy)
+        return np.fromiter(elements, datatype.numpy, len(elements)).reshape(shape)
     except OverflowError:
         raise _invalid(f"{what}: an element is out of range for {np.dtype(datatype.numpy)}") from None
+
+
+def _require_elements(shape: tuple[int, ...], count: int, what: str) -> None:
+    if count != math.prod(shape):
+        raise _invalid(f"{what}: shape {list(shape)} is {math.prod(shape)} elements, the content has {count}")
+    if math.prod(size or 1 for size in shape) > _MOST_ELEMENTS:
+        raise _invalid(f"{what}: shape {list(shape)} is too large")
 
 
 def encode_outputs(outputs: dict[str, np.ndarray], as_raw: bool, into: pb.ModelInferResponse) -> None:
