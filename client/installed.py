@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from propolis.client.infer import Installed, open_installed
@@ -11,6 +11,7 @@ from propolis.client.keyholder import Keyholder
 from propolis.client.slots import Trusted, model_names, record_of
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.secure.manifest import Manifest
+from propolis.serving.attempts import Attempts
 from propolis.serving.model import Model
 
 _log = logging.getLogger("propolis.client")
@@ -30,9 +31,10 @@ class InstalledModels:
         self, folder: Path, device: Callable[[], Keyholder], names: Sequence[str] = (), threads: int = 1
     ) -> None:
         self._folder, self._device, self._names, self._threads = folder, device, tuple(names), threads
-        self._seen: dict[str, Trusted] = {}  # what was current when it was looked at, whether it opened or not
+        self._seen: dict[str, Trusted] = {}  # what was current when its model was taken over
         self._served: dict[str, Manifest] = {}
         self._said: dict[str, str] = {}
+        self._attempts = Attempts()
 
     def open(self) -> list[Model]:
         """The models that are installed now.
@@ -45,8 +47,11 @@ class InstalledModels:
             raise UsageError(f"no model is installed in {self._folder}")
         for name in names:
             try:
-                self._look(name)
-                models.append(self._open(name).choice.model)
+                current, installed = self._look(name), self._open(name)
+                self._served[name] = installed.choice.manifest
+                if current is not None:
+                    self._seen[name] = current
+                models.append(installed.choice.model)
             except PropolisError as error:
                 if self._names or len(names) == 1:
                     raise
@@ -56,19 +61,25 @@ class InstalledModels:
             raise UsageError(f"none of the models in {self._folder} can be used: {'; '.join(faults)}")
         return models
 
-    def newer(self) -> list[Model]:
-        """Those of them that have been installed since; where one cannot be opened, what is served stays."""
-        found = []
+    def newer(self) -> Iterator[Model]:
+        """Those of them that have been installed since, one after the other; one that cannot be opened stays as it is.
+
+        One counts as served once the next one, or the end, is asked for; one that fails is tried again after more and
+        more looks.
+        """
         for name in self._names or model_names(self._folder):
             try:
-                if self._look(name):
-                    before = self._served.get(name)
-                    installed = self._open(name)
-                    if installed.choice.manifest != before:
-                        found.append(installed.choice.model)
-            except PropolisError as error:
+                current = self._look(name)
+                installed = None if current is None else self._attempt(name, current)
+            except Exception as error:  # also no file or memory left: the others do not depend on it
                 self._say_once(name, str(error))
-        return found
+                continue
+            if current is None or installed is None:
+                continue
+            if installed.choice.manifest != self._served.get(name):
+                yield installed.choice.model
+                self._served[name] = installed.choice.manifest
+            self._seen[name] = current
 
     def _say_once(self, name: str, fault: str) -> None:
         """Log why a model cannot be replaced, but not every few seconds."""
@@ -76,17 +87,22 @@ class InstalledModels:
             self._said[name] = fault
             _log.warning("%s stays as it is: %s", name, fault)
 
-    def _look(self, name: str) -> bool:
-        """Whether another release is current than the last time."""
+    def _look(self, name: str) -> Trusted | None:
+        """The release that is current, where it is another one than was taken over."""
         record = record_of(self._folder, name)
         current = record.current.release if record is not None and record.current is not None else None
-        if current is None or current == self._seen.get(name):
-            return False
-        self._seen[name] = current
-        return True
+        return None if current == self._seen.get(name) else current
+
+    def _attempt(self, name: str, current: Trusted) -> Installed:
+        self._attempts.require_due(name, current)
+        try:
+            installed = self._open(name)
+        except Exception as error:
+            raise self._attempts.failed(name, current, error) from None
+        self._attempts.succeeded(name)
+        return installed
 
     def _open(self, name: str) -> Installed:
         installed = open_installed(self._folder, self._device(), name, self._threads)
-        self._served[name] = installed.choice.manifest
         _log.info("opened", extra={"release": installed.words, "fell_back": installed.fell_back})
         return installed

@@ -77,11 +77,12 @@ async def _serve(config: ServerConfig, tls: Tls, membership: Membership, begun: 
     metrics = None if config.serve_metrics == NOWHERE else Address.parse(config.serve_metrics)
     is_open = not is_loopback(listen)
     options = ServingOptions(listen, metrics, require_certificate=is_open)
+    found = []
     try:
-        found = models.newer()
+        for model in models.newer():
+            found.append(model)  # noqa: PERF402  # those before one that fails are kept
     except PropolisError as error:
         _log.warning("not served yet: %s", error)
-        found = []
 
     def admit(certificate: bytes) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -19,7 +20,9 @@ from serving_processes import serving
 from propolis.secure.errors import StorageError, UsageError
 from propolis.secure.manifest import Kind
 from propolis.server.registry import Registry
+from propolis.server.registry_records import Version
 from propolis.server.serve import RegistryModels, Wanted
+from propolis.serving.golden import Golden
 
 FLOAT32, INT8 = ("model.onnx", Kind.ONNX), ("model.int8.onnx", Kind.INT8)
 
@@ -65,14 +68,14 @@ def test_a_model_has_the_registrys_name_and_version_and_the_file_that_is_preferr
 def test_what_is_newer_is_returned_once(registry: Registry) -> None:
     served = models(registry, "digits", "digits@1")
     served.load()
-    assert served.newer() == []
+    assert list(served.newer()) == []
     add_version(registry, FLOAT32)
-    assert served.newer() == []
+    assert list(served.newer()) == []
     registry.promote("digits", 2)
-    assert [model.version for model in served.newer()] == ["2"]
-    assert served.newer() == []
+    assert [model.version for model in list(served.newer())] == ["2"]
+    assert list(served.newer()) == []
     registry.rollback("digits")
-    assert [model.version for model in served.newer()] == ["1"]
+    assert [model.version for model in list(served.newer())] == ["1"]
 
 
 def test_one_that_fails_keeps_no_other_from_being_replaced(registry: Registry) -> None:
@@ -84,9 +87,93 @@ def test_one_that_fails_keeps_no_other_from_being_replaced(registry: Registry) -
     registry.promote("digits", 2)
     add_version(registry, FLOAT32, model="faces")
     registry.promote("faces", 2)
-    assert [(model.name, model.version) for model in served.newer()] == [("faces", "2")]
-    with pytest.raises(UsageError, match="digits 2 has no file to serve: propolis models convert digits 2 makes one"):
-        served.newer()
+    looking = served.newer()
+    assert [(model.name, model.version) for model in [next(looking)]] == [("faces", "2")]
+    for left in (looking, served.newer(), served.newer()):
+        with pytest.raises(UsageError, match="digits 2 has no file to serve: propolis models convert digits 2 makes"):
+            next(left)
+    registry.attach(registry.version("digits", 2), *FLOAT32, linear())
+    assert [(model.name, model.version) for model in served.newer()] == [("digits", "2")]
+
+
+def test_one_that_was_not_taken_over_is_given_again(registry: Registry) -> None:
+    served = models(registry)
+    assert [model.version for model in itertools.islice(served.newer(), 1)] == ["1"]  # and what takes it over fails
+    assert [model.version for model in served.newer()] == ["1"]
+    assert list(served.newer()) == []
+
+
+class Failing:
+    """A registry whose files cannot be read as often as it says."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry, self.failures, self.reads = registry, 0, 0
+
+    def version(self, model: str, version: str) -> Version:
+        return self.registry.version(model, version)
+
+    def artifact(self, version: Version, name: str) -> bytes:
+        self.reads += 1
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("reset")
+        return self.registry.artifact(version, name)
+
+
+def looks(served: RegistryModels, count: int) -> list[str]:
+    """The version that is given, or why there is none, of so many looks."""
+    found = []
+    for _ in range(count):
+        try:
+            found.extend(model.version for model in served.newer())
+        except Exception as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_fails_is_tried_again_less_and_less_often(registry: Registry) -> None:
+    failing = Failing(registry)
+    served = RegistryModels(failing, [Wanted("digits", "champion")])  # type: ignore[arg-type]
+    failing.failures = 3
+    assert looks(served, 11) == [*["ConnectionError: reset"] * 10, "1"]  # it tries at the looks 1, 3, 6 and 11
+    assert failing.reads == 4
+
+
+def test_what_cannot_be_served_is_not_read_again_until_there_is_another(registry: Registry) -> None:
+    bad = registry.register("bad", model_file(Path(registry.name).parent, 50))
+    registry.attach(bad, *FLOAT32, b"no model")
+    failing = Failing(registry)
+    served = RegistryModels(failing, [Wanted("bad", "1"), Wanted("digits", "champion")])  # type: ignore[arg-type]
+    assert looks(served, 50) == ["1", *["model.onnx of bad 1: this is no ONNX model"] * 50]
+    assert failing.reads == 2
+
+
+def golden(**factors: float) -> bytes:
+    """Outputs of the linear model, for each file times its factor."""
+    inputs = {"input": np.ones((1, 4), np.float32)}
+    outputs = {f"{name.replace('_', '.')}.onnx": {"output": inputs["input"] @ WEIGHTS * factor}
+               for name, factor in factors.items()}  # fmt: skip
+    return Golden(inputs, outputs).to_bytes()
+
+
+def test_a_model_is_tried_before_it_is_served(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
+    registry.attach(registry.version("digits", 1), "golden.npz", Kind.GOLDEN, golden(model=2, model_int8=1))
+    differs = r"model\.onnx of digits 1: outputs on the golden batch differ by 2, 0\.001 at most"
+    with pytest.raises(UsageError, match=differs):
+        models(registry).load()
+    (model,) = models(registry, prefers_int8=True).load()
+    assert not model.is_batched, "the model in int8 computes what it must"
+    add_version(registry, FLOAT32, INT8)
+    registry.attach(registry.version("digits", 2), "golden.npz", Kind.GOLDEN, golden(model=1, model_int8=2))
+    (model,) = models(registry, "digits@2", prefers_int8=True).load()
+    assert model.is_batched, "that in float32"
+    assert "model.onnx is served instead: model.int8.onnx of digits 2: outputs on" in caplog.text
+    served = models(registry, prefers_int8=True)
+    served.load()
+    add_version(registry, FLOAT32)
+    registry.attach(registry.version("digits", 3), "golden.npz", Kind.GOLDEN, golden(model=float("nan")))
+    registry.promote("digits", 3)
+    assert "outputs on the golden batch differ by nan" in looks(served, 1)[0]
 
 
 def test_a_file_that_is_damaged_is_not_served(registry: Registry, tmp_path: Path) -> None:
@@ -110,10 +197,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_promotion_changes_what_is_served_and_a_registry_that_is_away_does_not(
-    registry: Registry, tmp_path: Path
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_version(registry, FLOAT32)
     add_version(registry, FLOAT32)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "linear.onnx").write_bytes(linear())
     flags = ("--registry", "registry", "--model", "digits", "--model", "file=linear.onnx", "--refresh", 0.05)
     logged: list[dict[str, str]] = []
@@ -133,14 +222,20 @@ def test_a_promotion_changes_what_is_served_and_a_registry_that_is_away_does_not
             (tmp_path / "away").rename(tmp_path / "registry")
             Registry(tmp_path / "registry").promote("digits", 3)
             wait_until(lambda: version_asked(client) == "3")
+            assert holding_weights(tmp_path) == ["linear.onnx"], "the one that is served from a file"
         process.terminate()
         assert process.wait(DEADLINE_S) == 0
         reading.join(DEADLINE_S)
     failures = [line for line in logged if line["message"] == "no newer models: those that are served stay"]
     assert len(failures) == 1
-    assert "registry" in failures[0]["error"]
-    left = [path for path in tmp_path.rglob("*") if path.suffix == ".onnx" and path.name != "linear.onnx"]
-    assert left == []
+    assert failures[0]["error"] == "StorageError: the registry in registry: unable to open database file"
+    assert holding_weights(tmp_path) == ["linear.onnx"]
+
+
+def holding_weights(folder: Path) -> list[str]:
+    """Names of the files with the model's weights in clear."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [path.name for path in files if WEIGHTS.tobytes() in path.read_bytes()]
 
 
 def test_without_refresh_a_promotion_changes_nothing(registry: Registry, tmp_path: Path) -> None:
@@ -170,4 +265,4 @@ def test_a_registry_that_cannot_be_reached_is_a_failure_of_the_look(registry: Re
     served.load()
     (tmp_path / "registry").rename(tmp_path / "away")
     with pytest.raises(StorageError):
-        served.newer()
+        list(served.newer())
