@@ -121,10 +121,13 @@ def serve_command(
     """Answer requests for inference with the models that are installed, and with newer ones once they are."""
     names, files = _asked_for(models or (), folder)
     flags = serving.ServingFlags(
-        listen, metrics, max_batch, max_delay_ms, queue, largest_message, tls, require_certificate, passphrase_file
-    )
+        listen, metrics, max_batch, max_delay_ms, queue, largest_message, tls, require_certificate,
+        passphrase_file if tls or folder is None else None,
+    )  # fmt: skip
     if folder is None and refresh is not None:
         raise UsageError("--refresh is for installed models: give --dir too")
+    every_s = _REFRESH_S if refresh is None else refresh
+    serving.require_number("--refresh", every_s)
     flags.begin(log_format)
     loaded = serving.load_files(files, threads)
     if folder is None:
@@ -137,7 +140,7 @@ def serve_command(
     from propolis.serving.refresh import Refresh
 
     device = partial(Keyholder.load, folder, passphrase_of(passphrase_file))
-    installed, every_s = InstalledModels(folder, device, names, threads), _REFRESH_S if refresh is None else refresh
+    installed = InstalledModels(folder, device, names, threads)
     loaded = [*installed.open(), *loaded]
     flags.run(loaded, Refresh(installed.newer, every_s) if every_s > 0 else None)
 

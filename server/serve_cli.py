@@ -26,10 +26,13 @@ from propolis.serving.cli import (
     TlsPassphraseFlag,
     load_files,
     name_and_file,
+    require_number,
 )
 
 if TYPE_CHECKING:
     from propolis.server.serve import RegistryModels
+
+_REFRESH_S = 10.0
 
 
 def serve_command(
@@ -44,13 +47,18 @@ def serve_command(
     ],
     registry: RegistryFlag = None,
     prefer_int8: Annotated[
-        bool,
+        bool | None,
         typer.Option("--prefer-int8/--prefer-float32", help="Of --registry: which file, where a version has both."),
-    ] = False,
+    ] = None,
     refresh: Annotated[
-        float,
-        typer.Option("--refresh", help="Of --registry: seconds between looks for another version; 0: never.", min=0),
-    ] = 10,
+        float | None,
+        typer.Option(
+            "--refresh",
+            help=f"Of --registry: seconds between looks for another version, 0 for none; {_REFRESH_S:g} by default.",
+            min=0,
+            max=86_400,
+        ),
+    ] = None,
     listen: ListenFlag = LISTEN,
     metrics: MetricsFlag = METRICS,
     max_batch: MaxBatchFlag = 32,
@@ -71,13 +79,18 @@ def serve_command(
     others = [text for text in models if "=" not in text]
     if others and not registry:
         raise UsageError(f"--model '{others[0]}': expected NAME=FILE.onnx, or --registry too")
+    every_s = _REFRESH_S if refresh is None else refresh
+    require_number("--refresh", every_s)
+    for flag, value in (("--prefer-int8", prefer_int8), ("--refresh", refresh)):
+        if value is not None and not others:
+            raise UsageError(f"{flag} is for models of --registry: give --model NAME too")
     flags.begin(log_format)
-    kept = _of_registry(registry, others, prefer_int8, threads) if others else None
+    kept = _of_registry(registry, others, bool(prefer_int8), threads) if others else None
     served = [*load_files(named, threads), *(kept.load() if kept else ())]
 
     from propolis.serving.refresh import Refresh
 
-    flags.run(served, Refresh(kept.newer, refresh) if kept and refresh else None)
+    flags.run(served, Refresh(kept.newer, every_s) if kept and every_s else None)
 
 
 def _of_registry(registry: str | None, names: Sequence[str], prefers_int8: bool, threads: int) -> RegistryModels:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 from onnx_models import WEIGHTS, linear, linear_proto, mixed
@@ -61,3 +64,18 @@ def test_inputs_that_the_model_does_not_take_are_refused() -> None:
 def test_what_is_no_golden_batch_is_said_to_be_none(data: bytes) -> None:
     with pytest.raises(UsageError, match="no golden batch"):
         Golden.from_bytes(data)
+
+
+def test_a_golden_batch_that_is_compressed_or_too_large_is_refused() -> None:
+    content = io.BytesIO()
+    np.savez_compressed(content, **{"input//input": np.zeros(10**6, np.float32)})
+    with pytest.raises(UsageError, match="no golden batch: it is compressed"):
+        Golden.from_bytes(content.getvalue())
+    one = io.BytesIO()
+    np.save(one, np.zeros(17 * 2**18, np.float32))
+    many = io.BytesIO()
+    with zipfile.ZipFile(many, "w") as archive:
+        for number in range(4):
+            archive.writestr(f"input//{number}.npy", one.getvalue())
+    with pytest.raises(UsageError, match="bytes, 67108864 at most"):
+        Golden.from_bytes(many.getvalue())

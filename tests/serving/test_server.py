@@ -182,6 +182,14 @@ def wait_for_pending(process: subprocess.Popen[str], count: int) -> None:
         (["--model", "m=a.onnx", "--listen", "127.0.0.1:1x"], "is no address"),
         (["--model", "m=a.onnx", "--max-batch", "0"], "0 is not in the range"),
         (["--model", "m=a.onnx", "--require-certificate"], "give --tls too"),
+        (
+            ["--model", "m=a.onnx", "--passphrase-file", "x"],
+            "--passphrase-file is for the key in --tls: give --tls too",
+        ),
+        (["--model", "m=a.onnx", "--max-delay-ms", "nan"], "--max-delay-ms nan: expected a number"),
+        (["--model", "m", "--registry", "r", "--refresh", "nan"], "--refresh nan: expected a number"),
+        (["--model", "m=a.onnx", "--refresh", "5"], "--refresh is for models of --registry: give --model NAME too"),
+        (["--model", "m=a.onnx", "--prefer-int8"], "--prefer-int8 is for models of --registry: give --model NAME too"),
         (["--model", "m=a.onnx", "--tls", "absent"], "absent/tls.key"),
         (["--model", "m=a.onnx", "--tls", "old"], "expired on"),
         (["--model", "m=a.onnx", "--log-format", "xml"], "log format: expected text or json"),
@@ -234,6 +242,12 @@ def test_predict_reads_and_writes_both_forms(propolis: Command, tmp_path: Path) 
         ("mixed", '{"index": [1], "mask": [true], "default": [0]}', ["--output", "x.npy"], "write .json"),
         ("mixed", '{"index": [9], "mask": [true], "default": [0]}', [], "the model fails on these inputs"),
         ("bytes", "[[300]]", [], "of UINT8"),
+        ("bytes", "[[1.7]]", [], "must be nested lists of UINT8, there is a number with a fraction in it"),
+        ("bytes", "[[1, true]]", [], "there is true or false in it"),
+        ("linear", "[[1, 2, 3, null]]", [], "there is null in it"),
+        ("linear", '[[1, 2, 3, "4"]]', [], "there is a text in it"),
+        ("linear", "[[1, 2, 3, true]]", [], "there is true or false in it"),
+        ("mixed", '{"index": [1], "mask": [1], "default": [0]}', [], "lists of BOOL, there is a number in it"),
     ],
 )
 def test_mistakes_of_predict_are_one_line(
@@ -243,6 +257,25 @@ def test_mistakes_of_predict_are_one_line(
     (tmp_path / "m.onnx").write_bytes(files[model])
     (tmp_path / "in.json").write_text(content)
     assert message in mistake("predict", "--model", "m.onnx", "--input", "in.json", *arguments)
+
+
+def npy(header: str) -> bytes:
+    """A file of numpy's first version with this header and no data."""
+    line = f"{header}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(line).to_bytes(2, "little") + line
+
+
+HUGE = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 4)}")
+ZIP = b"PK\x03\x04 and nothing more"
+
+
+@pytest.mark.parametrize(
+    "content", [ZIP, HUGE, npy("{'descr': '<f4', 'shape': (1, 2, }("), npy("(\x00"), b"", HUGE[:9]]
+)
+def test_an_npy_file_that_is_none_is_one_line(mistake: Mistake, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.onnx").write_bytes(linear())
+    (tmp_path / "in.npy").write_bytes(content)
+    assert "in.npy is no .npy file: " in mistake("predict", "--model", "m.onnx", "--input", "in.npy")
 
 
 def test_an_npy_file_with_code_in_it_is_refused(mistake: Mistake, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ class ServingFlags:
     def __post_init__(self) -> None:
         if self.require_certificate and self.tls is None:
             raise UsageError("--require-certificate is for TLS: give --tls too")
+        if self.passphrase_file is not None and self.tls is None:
+            raise UsageError("--passphrase-file is for the key in --tls: give --tls too")
+        require_number("--max-delay-ms", self.max_delay_ms)
 
     def begin(self, log_format: str) -> None:
         """Log in this format, before the seconds that loading takes; raises UsageError."""
@@ -97,6 +101,12 @@ class ServingFlags:
             largest,
             self.require_certificate,
         )
+
+
+def require_number(flag: str, value: float) -> None:
+    """Raise UsageError for what is no number, which no bound of a flag keeps out."""
+    if math.isnan(value):
+        raise UsageError(f"{flag} {value}: expected a number")
 
 
 def name_and_file(text: str) -> tuple[str, Path]:

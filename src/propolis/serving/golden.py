@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -14,6 +15,7 @@ from propolis.serving.model import Model
 
 GOLDEN_FILE = "golden.npz"
 _INPUT, _OUTPUT = "input", "output"
+_LARGEST = 64 * 2**20
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -42,10 +44,13 @@ class Golden:
         """Read what `to_bytes` made; raises UsageError when it is something else."""
         inputs, outputs = dict[str, np.ndarray](), dict[str, dict[str, np.ndarray]]()
         try:
+            _require_as_large_as_it_looks(data)
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 for key in arrays.files:
                     kind, file, name = key.split("/", 2)
                     (inputs if kind == _INPUT else outputs.setdefault(file, {}))[name] = arrays[key]
+        except UsageError:
+            raise
         except Exception as error:  # of zip and of numpy, which have no base class in common
             raise UsageError(f"this is no golden batch: {type(error).__name__}") from None
         return cls(inputs, outputs)
@@ -75,6 +80,16 @@ class Golden:
             return float("inf")
         differences = [_difference(found[name], array) for name, array in recorded.items()]
         return float(np.max(differences, initial=0.0))  # unlike `max`, it does not lose a NaN
+
+
+def _require_as_large_as_it_looks(data: bytes) -> None:
+    """Whoever supplies a model supplies this, and what is compressed can be a thousand times as large."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UsageError("this is no golden batch: it is compressed")
+    if (size := sum(entry.file_size for entry in entries)) > _LARGEST:
+        raise UsageError(f"this is no golden batch: {size} bytes, {_LARGEST} at most")
 
 
 def _difference(found: np.ndarray, recorded: np.ndarray) -> float:

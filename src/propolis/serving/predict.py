@@ -17,6 +17,16 @@ from propolis.serving.tensors import DATATYPES
 from propolis.storage import write_atomically
 
 _ENDINGS = (".npy", ".json")
+# What JSON has for numpy's kinds of types, and what that is called there.
+_JSON_TYPES: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
+_JSON_NAMES: dict[type, str] = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number with a fraction",
+    str: "a text",
+    type(None): "null",
+    dict: "an object",
+}
 
 
 def predict(model: Model, path: Path) -> dict[str, np.ndarray]:
@@ -42,11 +52,12 @@ def read_inputs(model: Model, path: Path) -> dict[str, np.ndarray]:
     """The arrays in a file by input name, as `predict` takes it; numbers of JSON in the types that the model has."""
     require_ending(path, "--input")
     try:
-        content = np.load(path, allow_pickle=False) if path.suffix == ".npy" else json.loads(path.read_bytes())
+        content = _read_npy(path) if path.suffix == ".npy" else json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, RecursionError) as error:
-        raise UsageError(f"{path} is no {path.suffix} file: {str(error)[:200]}") from None
+    except Exception as error:  # of numpy, which parses Python, and of JSON: they have no base class in common
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path} is no {path.suffix} file: {reason:.200}") from None
     if not isinstance(content, dict):
         content = {_only_input(model, path): content}
     return {name: _as_array(model, name, value, path) for name, value in content.items()}
@@ -92,7 +103,31 @@ def _as_array(model: Model, name: str, value: Any, path: Path) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     datatype = next((spec.datatype for spec in model.inputs if spec.name == name), None)
+    if datatype is None:
+        return np.empty(0)  # the model has no such input, and says so
+    kind = np.dtype(DATATYPES[datatype].numpy)
+    if odd := _types_of(value) - _JSON_TYPES[kind.kind]:
+        given = ", ".join(sorted(_JSON_NAMES.get(each, each.__name__) for each in odd))
+        raise UsageError(f"{path}: input '{name}' must be nested lists of {datatype}, there is {given} in it")
     try:
-        return np.array(value, None if datatype is None else DATATYPES[datatype].numpy)
+        return np.array(value, kind)
     except (ValueError, TypeError, OverflowError):
         raise UsageError(f"{path}: input '{name}' must be nested lists of equal lengths, of {datatype}") from None
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    """One array: `np.load` would take an archive, too."""
+    with path.open("rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _types_of(value: Any) -> set[type]:
+    """The types of what is in nested lists, however deep."""
+    found, left = set(), [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, list):
+            left.extend(each)
+        else:
+            found.add(type(each))
+    return found
