@@ -244,6 +244,7 @@ def test_concurrent_callers_are_batched_and_counted() -> None:
 def test_a_newer_version_takes_the_place_of_the_one_that_is_served() -> None:
     with running(load_model(linear())) as server, triton.InferenceServerClient(server.url) as client:
         server.do(server.server.install(load_model(linear(), version="4")))
+        assert {label for label in ("3", "4") if f'version="{label}"' in str(server.metrics())} == {"4"}
         answer = client.infer("linear", [tensor("input", "FP32", rows(1))])
         assert answer.get_response().model_version == "4"
         assert "NOT_FOUND" in status_of(client, "linear", tensor("input", "FP32", rows(1)), model_version="3")

@@ -6,10 +6,14 @@ that dashboards made for Triton work. That is why their type is given as unknown
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from propolis.link.address import Address
 from propolis.secure.errors import UsageError
@@ -37,6 +41,7 @@ _REASONS = {
     Fault.FAILED: "BACKEND",
 }
 _CLOSE_S = 5.0
+_MOST_CONNECTIONS = 16
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -76,6 +81,11 @@ class Metrics:
         """Show the counts of a model; a newer one of the same name and version takes its place."""
         self._models[model.labels] = model
 
+    def remove(self, model: ModelMetrics) -> None:
+        """Show the counts of a model no more, unless another one has taken its place."""
+        if self._models.get(model.labels) is model:
+            del self._models[model.labels]
+
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client.registry.Collector."""
         from prometheus_client import Metric
@@ -94,29 +104,77 @@ class Metrics:
         yield pending
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection, a few at once, and none for long."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, address: Address, limit_s: float) -> None:
+        (self.address_family, *_, found), *_ = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        self._limit_s, self._places = limit_s, threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        super().__init__((str(found[0]), int(found[1])), _Silent)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread, where there is a place."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """See socketserver.ThreadingMixIn."""
+        end = threading.Timer(self._limit_s, _hang_up, (request,))
+        end.daemon = True
+        end.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            end.cancel()
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A caller that is gone, or was hung up on, is no event."""
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+def _hang_up(request: socket.socket) -> None:
+    with suppress(OSError):  # it has ended by itself
+        request.shutdown(socket.SHUT_RDWR)
+
+
 class MetricsServer:
-    """Answers ``GET /metrics`` over HTTP from a thread of its own.
+    """Answers ``GET /metrics`` over HTTP from threads of its own.
 
     Args:
         metrics: what to show.
         address: HOST:PORT; port 0 takes a free one.
+        limit_s: how long a connection may last.
 
     Raises:
         UsageError: the address cannot be listened on, or prometheus-client is missing.
     """
 
-    def __init__(self, metrics: Metrics, address: Address) -> None:
+    def __init__(self, metrics: Metrics, address: Address, limit_s: float = 10.0) -> None:
         try:
-            from prometheus_client import CollectorRegistry, start_http_server
+            from prometheus_client import CollectorRegistry, make_wsgi_app
         except ImportError:
             raise UsageError("metrics need prometheus-client: pip install 'propolis[serve]'") from None
         registry = CollectorRegistry()
         registry.register(metrics)
-        self._thread: threading.Thread
         try:
-            self._server, self._thread = start_http_server(address.port, address.host, registry)
+            self._server = _Server(address, limit_s)
         except OSError as error:
             raise UsageError(f"cannot listen on {address}: {error.strerror or error}") from None
+        self._server.set_app(make_wsgi_app(registry))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="propolis-metrics", daemon=True)
+        self._thread.start()
         self.port: int = self._server.server_port
 
     def close(self) -> None:

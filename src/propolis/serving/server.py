@@ -96,13 +96,14 @@ class InferenceServer:
         _log.info("serving", extra={"port": self.port, "metrics_port": self.metrics_port or None})
 
     async def install(self, model: Model) -> None:
-        """Serve a model; one of the same name answers what it was asked already, and no more."""
+        """Serve a model; one of the same name answers what it was asked already, and is forgotten."""
         batcher = Batcher(model, self._options.batching)
         self._metrics.add(batcher.metrics)
         before = self._service.put(batcher)
         _log.info("model ready", extra={"model": model.name, "version": model.version})
         if before is not None:
             await before.close(self._options.drain_s)
+            self._metrics.remove(before.metrics)
 
     async def stop(self) -> None:
         """Refuse new requests, finish those under way within `drain_s`, and end."""
