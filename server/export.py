@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from propolis.secure.errors import PropolisError, UsageError
+from propolis.server.clear_folder import clear_folder, temporary_files_in
 from propolis.serving.model import METADATA_PREFIX, Model, load_model
 from propolis.task import Examples, Task
 
@@ -31,6 +30,7 @@ _COMPARED_EXAMPLES = 256
 # Of the largest output, or of one where all are smaller: what other orders of summation make of float32.
 LARGEST_DIFFERENCE = 1e-4
 _LARGEST_FILE = 2**31 - 1  # protobuf's bound
+_COPIES = 5  # of a model that quantizing it has on the disk at once, its own and the library's
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +141,15 @@ def quantize_int8(data: bytes, origin: Origin, calibration: Tensor, seven_bits: 
 
     Raises:
         UsageError: the model cannot be quantized.
+        StorageError: there is no place for the files that the library works with; see `clear_folder`.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder, _quietly("this model cannot be quantized"):
-        prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
+    failure = "this model cannot be quantized"
+    with clear_folder(_COPIES * len(data)) as folder, temporary_files_in(folder), _quietly(failure):
+        prepared, quantized = folder / "prepared.onnx", folder / "quantized.onnx"
         quant_pre_process(onnx.load_model_from_string(data), str(prepared))  # folds norms into the layers before them
         quantize_static(
             str(prepared),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from propolis.secure.errors import StorageError, UsageError
+from propolis.server.clear_folder import clear_folder
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Version
 
@@ -88,9 +87,9 @@ def _add(client: MlflowClient, experiment: str, registry: Registry, version: Ver
         for name, value in evaluation.metrics.items():
             if value is not None:
                 client.log_metric(run_id, f"{_known_letters(evaluation.data)}/{name}", value)
-    with TemporaryDirectory(prefix="propolis-") as folder:
-        registry.export(version, Path(folder) / MODEL_FILE)
-        client.log_artifact(run_id, str(Path(folder) / MODEL_FILE))
+    with clear_folder(version.size) as folder:
+        registry.export(version, folder / MODEL_FILE)
+        client.log_artifact(run_id, str(folder / MODEL_FILE))
     client.set_terminated(run_id)
     made = client.create_model_version(version.model, run.info.artifact_uri, run_id, tags=_tags(version))
     return int(made.version)

@@ -31,7 +31,7 @@ from propolis.server.registry_records import (
 from propolis.server.registry_releases import NewRelease, add_release, content_key_of, take_sequence
 from propolis.server.registry_tables import evaluations, tags, versions
 from propolis.server.vault import Vault, digest_of, require_safetensors
-from propolis.storage import write_atomically
+from propolis.storage import remove_stale, write_atomically
 
 BLOBS_FOLDER = "blobs"
 GRACE_S = 3600.0  # that a blob without a row is left alone by `sweep`: a slow upload may be on its way
@@ -177,6 +177,7 @@ class Registry:
     def export(self, version: Version, out: Path, name: str | None = None) -> None:
         """Write the file of a version, or one attached to it, for its owner alone: it is in clear; raises as `read`."""
         content = self.read(version) if name is None else self._read_artifact(version, name)
+        remove_stale(out)  # in clear, too
         write_atomically(out, content, mode=0o600)
 
     def verify(self, version: Version) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from propolis.link.keys import save_private_key
 from propolis.secure.errors import StorageError
 from propolis.server.checkpoint import RunState, save_checkpoint
 from propolis.server.model import GlobalModel
-from propolis.storage import remove_stale
+from propolis.storage import remove_stale, write_atomically, write_once
 
 KILLED = """
 import os, signal, sys
@@ -90,3 +90,20 @@ def test_the_next_write_removes_what_a_killed_one_left(
     write()
     assert path.is_file()
     assert not left.exists()
+
+
+def test_what_is_written_at_this_moment_is_not_removed(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"first"
+        remove_stale(tmp_path / "model")
+        yield b" and second"
+
+    write_atomically(tmp_path / "model", pieces())
+    assert (tmp_path / "model").read_bytes() == b"first and second"
+
+
+def test_what_is_written_once_stays_whoever_comes_second(tmp_path: Path) -> None:
+    for content in (b"first", b"second"):
+        write_once(tmp_path / "key", content, 0o600)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600

@@ -28,20 +28,44 @@ def write_atomically(path: Path, data: bytes | Iterator[bytes], mode: int = 0o64
     Raises:
         StorageError: the data could not be written.
     """
+    try:
+        with _temporary(path, data, mode) as temporary:
+            temporary.replace(path)
+            sync_folder(path.parent)
+    except OSError as error:
+        previous = "; the previous one is whole" if path.exists() else ""
+        raise StorageError(f"cannot write {path}: {error.strerror}{previous}") from None
+
+
+def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Make `path` with this content unless it is there, whoever else does so at once; otherwise as `write_atomically`.
+
+    Raises:
+        StorageError: the data could not be written.
+    """
+    try:
+        with _temporary(path, data, mode) as temporary, suppress(FileExistsError):
+            os.link(temporary, path)
+            sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _temporary(path: Path, data: bytes | Iterator[bytes], mode: int) -> Iterator[Path]:
+    """A file beside `path` with all of the data on the disk; locked, so that it is not taken for a left one."""
     temporary: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
+            with suppress(OSError):  # a file system without locks
+                _try_lock(file.fileno())
             for piece in (data,) if isinstance(data, bytes) else data:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(mode)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        previous = "; the previous one is whole" if path.exists() else ""
-        raise StorageError(f"cannot write {path}: {error.strerror}{previous}") from None
+            temporary.chmod(mode)
+            yield temporary
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -50,11 +74,21 @@ def write_atomically(path: Path, data: bytes | Iterator[bytes], mode: int = 0o64
 def remove_stale(path: Path) -> None:
     """Remove what writes of `path` left when they were killed: it may be large, or secret.
 
-    Call it where nobody else writes `path`, under a lock where others might.
+    One that is written at this moment is locked, and stays.
     """
     with suppress(OSError):  # the write that follows says what is wrong
         for stale in path.parent.glob(f".{glob.escape(path.name)}.{'?' * _RANDOM_LETTERS}"):
-            stale.unlink(missing_ok=True)
+            with suppress(OSError):
+                _remove_unlocked(stale)
+
+
+def _remove_unlocked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if _try_lock(descriptor):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registries import content, model_file, the_blobs
+from registries import content, in_processes, model_file, the_blobs
+from safetensors.torch import save
 
+from harness import Blobs
 from propolis.secure.errors import UsageError
-from propolis.server import registry_key
+from propolis.server import clear_folder, registry_key
 from propolis.server.at_rest import RegistryKey, opened, sealed
+from propolis.server.convert import Quantization
+from propolis.server.convert_version import convert_version
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Version, require_alias, require_name
 
@@ -101,6 +110,40 @@ def test_nothing_of_a_model_lies_in_clear_and_no_name_tells_which_it_is(
     assert names.isdisjoint({version.digest for version in two})
 
 
+def test_no_file_on_the_disk_holds_the_weights_also_after_a_conversion(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set[Path]()
+
+    def written(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            seen.add(Path(arguments[0]).absolute())
+
+    watching = True
+    for name in ("disk", "memory"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))
+    monkeypatch.setattr(clear_folder, "IN_MEMORY", tmp_path / "memory")
+    torch.manual_seed(0)
+    weights = Blobs().model().state_dict()
+    source = tmp_path / "blobs.safetensors"
+    source.write_bytes(save(weights))
+    run = weights["3.weight"].numpy().tobytes()  # which no norm is folded into
+    assert len(run) == 64
+    assert run in source.read_bytes()
+    version = registry.register("blobs", source)
+    source.unlink()
+    sys.addaudithook(written)
+    version, _ = convert_version(registry, version, "harness:Blobs", quantization=Quantization(64))
+    watching = False
+    assert run in registry.artifact(version, "model.onnx")
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and run in path.read_bytes()] == []
+    homes = (tmp_path / "memory", tmp_path / "registry")
+    models = [path for path in seen if path.suffix == ".onnx"]
+    assert len(models) >= 2
+    assert all(any(path.is_relative_to(home) for home in homes) for path in models)
+
+
 def test_swapped_blobs_are_refused_before_a_byte_is_read(
     registry: Registry, two: tuple[Version, Version], tmp_path: Path
 ) -> None:
@@ -136,6 +179,19 @@ def test_a_damaged_blob_is_not_exported_in_part(registry: Registry, tmp_path: Pa
     with pytest.raises(UsageError):
         registry.export(version, tmp_path / "out" / "model")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(
+    registry: Registry, two: tuple[Version, Version], tmp_path: Path
+) -> None:
+    code = (
+        "os.fsync = lambda _: os._exit(9)\nr = Registry(sys.argv[1])\n"
+        "r.export(r.version('digits', 1), Path(sys.argv[2]))"
+    )
+    assert in_processes(code, tmp_path / "registry", tmp_path / "out") == [9]
+    assert len(list(tmp_path.glob(".out.*"))) == 1
+    registry.export(two[0], tmp_path / "out")
+    assert not list(tmp_path.glob(".out.*"))
 
 
 def test_an_exported_model_is_for_its_owner_alone(
