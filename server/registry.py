@@ -28,7 +28,7 @@ from propolis.server.registry_records import (
     require_name,
     require_tags,
 )
-from propolis.server.registry_releases import NewRelease, add_release, content_key_of, take_sequence
+from propolis.server.registry_releases import Demand, NewRelease, add_release, content_key_of, take_sequence
 from propolis.server.registry_tables import evaluations, tags, versions
 from propolis.server.vault import Vault, digest_of, require_safetensors
 from propolis.storage import remove_stale, write_atomically
@@ -235,14 +235,28 @@ class Registry:
         """
         return self._files.sweep(grace, remove)
 
-    def next_sequence(self, model: str) -> tuple[int, int]:
+    def next_sequence(
+        self, model: str, demand: Demand | None = None, wanted: tuple[int | str, int] | None = None
+    ) -> tuple[int, int]:
         """Take the number of a model's next release, for good: nobody else gets it, whatever becomes of this one.
+
+        Args:
+            model: its name.
+            demand: of the number.
+            wanted: what the version to release was asked for as, an alias or its number, and its number.
 
         Returns:
             The number, and that of the release before; 0 is none.
+
+        Raises:
+            UsageError: the alias is at another version by now, or the number is not as demanded; none has been taken.
         """
         with self._database.writing() as connection:
-            return take_sequence(connection, require_name(model))
+            if wanted is not None:
+                found = self._row(connection, model, wanted[0]).version
+                if found != wanted[1]:
+                    raise UsageError(f"{wanted[0]} has moved to {found} meanwhile: nothing was released")
+            return take_sequence(connection, require_name(model), demand or Demand())
 
     def add_release(self, version: Version, release: NewRelease) -> Version:
         """Keep that a version was released, and the content key, encrypted; raises StorageError."""

@@ -6,14 +6,15 @@ So who is interrupted leaves a number that nobody uses, or a release that never 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from glob import escape
+from hashlib import sha256
+from os.path import samestat
 from pathlib import Path
 from shutil import rmtree
-from tempfile import TemporaryDirectory
 
 from propolis.secure.errors import RefusedError, StorageError, UsageError
 from propolis.secure.identity import DIGEST_BYTES
@@ -24,14 +25,15 @@ from propolis.server.plaintext import PlainData
 from propolis.server.publish import KEYS_SUFFIX, Facts, Recipient, recipients_of, seal_package
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Version
-from propolis.server.registry_releases import NewRelease
+from propolis.server.registry_releases import Demand, NewRelease
 from propolis.server.release_key import ReleaseKey
-from propolis.storage import sync_folder
+from propolis.storage import locked, sync_folder
 
 DAY_S = 24 * 3600
 # Of outputs on the golden batch: float32 agrees much closer on all processors, int8 is held to the same.
 LARGEST_DIFFERENCE = 1e-3
 _LARGEST_MEASURE = 1e300
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,16 @@ class Publisher:
         return cls(key, trust, recipients)
 
 
-def release_version(registry: Registry, version: Version, publisher: Publisher, terms: Terms, out: Path) -> Manifest:
+def release_version(
+    registry: Registry,
+    version: Version,
+    publisher: Publisher,
+    terms: Terms,
+    out: Path,
+    *,
+    wanted: int | str | None = None,
+    demand: Demand | None = None,
+) -> Manifest:
     """Seal a version's artifacts as its model's next release, note it, and write the package.
 
     Args:
@@ -95,21 +106,22 @@ def release_version(registry: Registry, version: Version, publisher: Publisher, 
         publisher: who releases.
         terms: of the release.
         out: a file that does not exist yet; the keys go beside it.
+        wanted: the alias that the version was asked for as: it must be there still.
+        demand: of the release's number.
 
     Returns:
         What the package says.
 
     Raises:
-        UsageError: `out` is taken, or devices would refuse the package.
+        UsageError: `out` is taken, the alias has moved, or devices would refuse the package.
         StorageError: something could not be written.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists: a release is never changed, give another --out")
     files = [PlainData(each.name, Kind[each.kind.upper()], registry.artifact(version, each.name)) for each in
              version.artifacts]  # fmt: skip
-    sequence, parent = registry.next_sequence(version.model)
-    facts = _facts(version, sequence, parent, terms)
     with _beside(out) as sealing:
+        asked = (version.version if wanted is None else wanted, version.version)
+        sequence, parent = registry.next_sequence(version.model, demand, asked)
+        facts = _facts(version, sequence, parent, terms)
         sealed = seal_package(
             files,
             facts,
@@ -127,22 +139,62 @@ def release_version(registry: Registry, version: Version, publisher: Publisher, 
 
 @contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """A place for the package from which it can be moved to its own; what a killed publisher left there goes."""
-    prefix = f".{out.name[:100]}.sealing-"
+    """A place from which the package can be moved to its own, for one publisher at a time; it is gone afterwards.
+
+    Raises:
+        UsageError: `out` is taken.
+        StorageError: it cannot be written, or another one has published to it for too long.
+    """
+    folder = out.parent / f".sealing-{sha256(out.name.encode(errors='surrogateescape')).hexdigest()[:32]}"
+    with ExitStack() as held:
+        try:
+            while not _entered(folder, held):
+                held.close()
+            for left in folder.iterdir():  # by a publisher that was killed
+                if left.name != _LOCK:
+                    left.unlink()
+        except OSError as error:
+            raise StorageError(f"cannot write {out}: {error.strerror}") from None
+        try:
+            _require_free(out)
+            yield folder / "package"
+        finally:
+            rmtree(folder, ignore_errors=True)
+
+
+def _entered(folder: Path, held: ExitStack) -> bool:
+    """Whether the folder is this publisher's while `held` is; not where the one before has removed it in between."""
+    folder.mkdir(mode=0o700, exist_ok=True)
     try:
-        for stale in out.parent.glob(f"{escape(prefix)}*"):
-            rmtree(stale, ignore_errors=True)
-        with TemporaryDirectory(prefix=prefix, dir=out.parent) as folder:
-            yield Path(folder) / "package"
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror}") from None
+        descriptor = held.enter_context(locked(folder / _LOCK))
+        return samestat(os.fstat(descriptor), (folder / _LOCK).stat())
+    except FileNotFoundError:
+        return False
+    except StorageError:
+        if folder.exists():
+            raise
+        return False
+
+
+def _require_free(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out} exists: a release is never changed, give another --out")
 
 
 def _move(package: Path, out: Path) -> None:
-    """The keys first: the package is what says that there is a release."""
-    for suffix in (KEYS_SUFFIX, ""):
-        package.with_name(package.name + suffix).replace(out.with_name(out.name + suffix))
-    sync_folder(out.parent)
+    """The keys first: the package is what says that there is a release; one that is there is not replaced."""
+    _require_free(out)
+    try:
+        package.with_name(package.name + KEYS_SUFFIX).replace(out.with_name(out.name + KEYS_SUFFIX))
+        try:
+            os.link(package, out)
+        except FileExistsError:
+            _require_free(out)
+        except OSError:  # a file system without links, such as a stick's: the lock keeps our own kind away
+            package.replace(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror}") from None
 
 
 def _facts(version: Version, sequence: int, parent: int, terms: Terms) -> Facts:

@@ -84,6 +84,9 @@ def publish_command(
     post_quantum: Annotated[
         bool, typer.Option("--post-quantum", help="Seal to the devices' hybrid keys, ML-KEM-768 and X25519.")
     ] = False,
+    sequence_at_least: Annotated[
+        int, typer.Option("--sequence-at-least", help="Its number, where the registry has forgotten some.", min=1)
+    ] = 1,
     task: TaskFlag = None,
     data: DataFlag = None,
     passphrase_file: Annotated[
@@ -93,21 +96,25 @@ def publish_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Release a version to the devices: seal its files, note the release, and hand it to the server."""
-    if not rollout and out is None:
-        raise UsageError("--no-rollout only writes the package: say where to, with --out")
+    _require_rollout(rollout, out, percent)
     opened = open_named(registry)
     wanted = opened.version(name, version)
 
     from propolis.link.keys import passphrase_of
     from propolis.secure.manifest import Trial
+    from propolis.server.registry_releases import Demand
     from propolis.server.release import Publisher, Terms, release_version
     from propolis.server.release_key import load_release_key
+    from propolis.server.rollout import newest_sequence
 
-    publisher = Publisher.of(federation, load_release_key(release_key, passphrase_of(passphrase_file)), name)
+    key = load_release_key(release_key, passphrase_of(passphrase_file))
+    Publisher.of(federation, key, name)  # before a conversion, which takes its time
     wanted = _converted(opened, wanted, task, data, int8)
+    publisher = Publisher.of(federation, key, name)  # somebody may have been revoked, or have enrolled
+    demand = Demand(sequence_at_least, newest_sequence(federation, name))
     with _package(out) as package:
         terms = Terms(valid_days, Trial(largest_difference), post_quantum)
-        manifest = release_version(opened, wanted, publisher, terms, package)
+        manifest = release_version(opened, wanted, publisher, terms, package, wanted=version, demand=demand)
         if rollout:
             _start_rollout(federation, package, percent)
     left_out = publisher.left_out if post_quantum else []
@@ -119,6 +126,15 @@ def publish_command(
     typer.echo(f"{said}{f': {out}' if out else ''}")
     if left_out:
         typer.echo(left_out_in_words(left_out))
+
+
+def _require_rollout(rollout: bool, out: Path | None, percent: float) -> None:
+    if rollout:
+        return
+    if out is None:
+        raise UsageError("--no-rollout only writes the package: say where to, with --out")
+    if percent != 100:
+        raise UsageError("--percent is of a rollout: leave it out with --no-rollout, and give it to the rollout")
 
 
 def _converted(registry: Registry, version: Version, task: str | None, data: Path | None, int8: bool) -> Version:

@@ -257,6 +257,11 @@ def start_rollout(federation: Path, package: Path, percent: float) -> Rollout:
     return Rollouts(federation).start(package, percent)
 
 
+def newest_sequence(federation: Path, name: str) -> int:
+    """The number of the newest release of a model that was handed over here; 0 is none. Raises UsageError."""
+    return max((each.sequence for each in Rollouts(federation).all() if each.name == name), default=0)
+
+
 def _needed(rollouts: tuple[Rollout, ...]) -> tuple[Rollout, ...]:
     """By name the newest, and those down to one that all may have: what is on offer again where newer ones stop."""
     kept, enough = list[Rollout](), set[str]()

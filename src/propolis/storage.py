@@ -110,8 +110,12 @@ def stamp_of(path: Path) -> tuple[int, int, int] | None:
 
 
 @contextmanager
-def locked(path: Path, wait_s: float | None = None) -> Iterator[None]:
-    """Hold a lock among processes and threads; raises StorageError when another one holds it for longer."""
+def locked(path: Path, wait_s: float | None = None) -> Iterator[int]:
+    """Hold a lock among processes and threads, and have the file's descriptor.
+
+    Raises:
+        StorageError: another one holds it for longer, or it cannot be made.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -123,7 +127,7 @@ def locked(path: Path, wait_s: float | None = None) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise StorageError(f"another process has kept {path} locked for {wait_s:g} s")
             time.sleep(_LOCK_POLL_S)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)  # which also unlocks
 

@@ -8,27 +8,31 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import Command
 from enrolling import DAY_S, Applicant, Site
 from registries import in_processes, model_file
+from sqlalchemy import text
 
 from propolis.client.install import Installer
 from propolis.client.keyholder import Keyholder
 from propolis.package import Package, read_key
 from propolis.secure.content import wrap_key
-from propolis.secure.errors import TrustError, UsageError
+from propolis.secure.errors import PeerError, TrustError, UsageError
 from propolis.secure.identity import descriptor_digest
 from propolis.secure.manifest import Kind, Manifest, Release, Trial
 from propolis.secure.secagg.device_state import DeviceState
-from propolis.server import release_cli
+from propolis.server import release, release_cli
 from propolis.server.plaintext import PlainData, PlainFile, Plaintext
 from propolis.server.publish import KEYS_SUFFIX, Recipient
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Lineage
+from propolis.server.registry_releases import Demand, NewRelease
 from propolis.server.release import Publisher, Terms, release_version
 from propolis.server.release_key import ReleaseKey, load_release_key, make_release_key
+from propolis.server.rollout import newest_sequence
 from propolis.server.roster import load_roster
 
 NOW = time.time()
@@ -126,10 +130,10 @@ def test_a_release_says_what_the_registry_knows(home: Home) -> None:
         ("golden.npz", Kind.GOLDEN),
     ]
     assert manifest.expires - manifest.created == 30 * DAY_S
-    (release,) = home.registry.version("digits", 1).releases
-    assert (release.sequence, release.created_at, release.expires_at) == (1, manifest.created, manifest.expires)
+    (noted,) = home.registry.version("digits", 1).releases
+    assert (noted.sequence, noted.created_at, noted.expires_at) == (1, manifest.created, manifest.expires)
     with Package.open(home.folder / "one") as package:
-        assert release.manifest == package.release.digest.hex()
+        assert noted.manifest == package.release.digest.hex()
     assert home.install(0, "one") == manifest
 
 
@@ -167,7 +171,7 @@ def test_a_device_that_enrols_later_gets_the_key_from_the_registry(home: Home) -
 
 
 STEPS = {
-    "nothing is sealed": ("import propolis.server.release as m; m.seal_package = lambda *_: os._exit(9)", []),
+    "nothing is sealed": ("import propolis.server.release as m; m.seal_package = lambda *_, **__: os._exit(9)", []),
     "it is half sealed": ("import propolis.server.publish as m; m.write_keys = lambda *_: os._exit(9)", []),
     "it is sealed and not noted": ("Registry.add_release = lambda *_: os._exit(9)", []),
     "it is noted and not written": ("import propolis.server.release as m; m._move = lambda *_: os._exit(9)", [(1, 0)]),
@@ -214,6 +218,106 @@ def test_publishers_at_once_release_under_numbers_of_their_own(home: Home, locat
     assert all(parent < sequence for sequence, parent in home.sequences)
 
 
+def test_publishers_at_once_with_one_name_write_one_package(home: Home, location: str) -> None:
+    assert sorted(in_processes(f"{RELEASE}\n{PUBLISH}", location, home.folder, "one", count=3)) == [0, 1, 1]
+    assert home.sequences == [(1, 0)], "who comes too late takes no number"
+    assert home.registry.next_sequence("digits") == (2, 1)
+    assert home.install(0, "one").sequence == 1
+    assert not list(home.folder.glob(".*"))
+
+
+def test_a_package_that_comes_in_between_is_not_replaced(small: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = Registry.add_release
+
+    def then_somebody_else_is_faster(*arguments: Any) -> Any:
+        (small.folder / "one").write_bytes(b"another's")
+        (small.folder / "one.keys").write_bytes(b"another's")
+        return note(*arguments)
+
+    monkeypatch.setattr(Registry, "add_release", then_somebody_else_is_faster)
+    with pytest.raises(UsageError, match="one exists: a release is never changed"):
+        small.publish(1, "one")
+    assert (small.folder / "one").read_bytes() == (small.folder / "one.keys").read_bytes() == b"another's"
+
+
+def test_names_that_begin_alike_do_not_share_a_place(small: Home) -> None:
+    names = ["p" * 200 + end for end in ("a", "b")]
+    with release._beside(small.folder / names[0]) as first:
+        first.write_bytes(b"half")
+        small.publish(1, names[1])
+        assert first.read_bytes() == b"half"
+
+
+def test_an_alias_that_moves_meanwhile_is_not_overruled(home: Home) -> None:
+    home.version(2)
+    for number in (1, 2):
+        home.registry.promote("digits", number)
+    version = home.registry.version("digits", "champion")
+    home.registry.rollback("digits")
+    with pytest.raises(UsageError, match="champion has moved to 1 meanwhile: nothing was released"):
+        release_version(home.registry, version, home.publisher, TERMS, home.folder / "one", wanted="champion")
+    assert home.sequences == []
+    assert home.registry.next_sequence("digits") == (1, 0), "no number was taken"
+
+
+def test_what_happens_during_the_conversion_counts(small: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.enrol()
+    small.version(2)
+    for number in (1, 2):
+        small.registry.promote("digits", number)
+    convert, during = release_cli._converted, list[Callable[[], object]]()
+
+    def slowly(*arguments: Any) -> Any:
+        during.pop()()
+        return convert(*arguments)
+
+    monkeypatch.setattr(release_cli, "_converted", slowly)
+
+    def publish(out: str) -> None:
+        flags = {"federation": small.site.server, "release_key": small.folder / "release.key", "rollout": False}
+        registry = str(small.folder / "registry")
+        release_cli.publish_command("digits", "champion", out=small.folder / out, registry=registry, **flags)  # type: ignore[arg-type]
+
+    during.append(lambda: small.registry.rollback("digits"))
+    with pytest.raises(UsageError, match="champion has moved to 1 meanwhile"):
+        publish("one")
+    during.append(lambda: small.site.federation.revoke("device-1"))
+    publish("two")
+    assert read_key(small.folder / "two.keys", 0)
+    with pytest.raises(PeerError, match="has no key for device 1"):
+        read_key(small.folder / "two.keys", 1)
+
+
+def test_a_registry_that_has_forgotten_numbers_goes_on_above_what_was_given_out(
+    home: Home,
+) -> None:
+    registry = home.registry
+    with pytest.raises(UsageError, match=r"be release 1 of digits, .* given 7: .* give --sequence-at-least 8"):
+        registry.next_sequence("digits", Demand(above=7))
+    assert registry.next_sequence("digits", Demand(at_least=8, above=7)) == (8, 0)
+    assert registry.next_sequence("digits", Demand(at_least=3)) == (9, 0), "never a smaller one"
+    with pytest.raises(UsageError, match="is the largest number"):
+        registry.next_sequence("digits", Demand(at_least=2**63))
+    with registry._database.writing() as connection:
+        connection.execute(text("DELETE FROM propolis_sequence"))
+    registry.add_release(registry.version("digits", 1), NewRelease(12, bytes(32), bytes(32), 1.0, 2.0, 0))
+    assert registry.next_sequence("digits") == (13, 12)
+
+
+def test_a_number_that_devices_would_refuse_is_not_sealed(small: Home) -> None:
+    flags = {"federation": small.site.server, "release_key": small.folder / "release.key"}
+    words = {"registry": str(small.folder / "registry"), "task": None, **flags}
+    release_cli.publish_command("digits", "1", sequence_at_least=5, **words)  # type: ignore[arg-type]
+    with small.registry._database.writing() as connection:
+        connection.execute(text("DELETE FROM propolis_sequence"))
+        connection.execute(text("DELETE FROM propolis_release"))
+    with pytest.raises(UsageError, match="give --sequence-at-least 6"):
+        release_cli.publish_command("digits", "1", rollout=False, out=small.folder / "x", **words)  # type: ignore[arg-type]
+    assert not (small.folder / "x").exists()
+    release_cli.publish_command("digits", "1", sequence_at_least=6, **words)  # type: ignore[arg-type]
+    assert newest_sequence(small.site.server, "digits") == 6
+
+
 def test_what_devices_would_refuse_takes_no_number(small: Home) -> None:
     def refused(key: ReleaseKey, model: str = "digits") -> str:
         with pytest.raises(UsageError) as caught:
@@ -256,6 +360,7 @@ def test_the_command_hands_the_package_to_the_server(small: Home, monkeypatch: p
 
     module = ModuleType("propolis.server.rollout")
     module.start_rollout = start_rollout  # type: ignore[attr-defined]
+    module.newest_sequence = lambda *_: 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
     def publish(**more: object) -> None:
@@ -277,6 +382,7 @@ def test_mistakes_are_one_line(small: Home, propolis: Command, mistake: Callable
     publish = ("models", "publish", "digits", "1", "--federation", "fed/server", "--registry", "models")
     key = ("--release-key", "release.key")
     assert "say where to, with --out" in mistake(*publish, *key, "--no-rollout")
+    assert "--percent is of a rollout" in mistake(*publish, *key, "--no-rollout", "--out", "x", "--percent", 5)
     assert "has no version or alias '7'" in mistake(*publish[:3], "7", *publish[4:], *key)
     assert "absent.key" in mistake(*publish, "--release-key", "absent.key")
     assert "nowhere" in mistake(*publish[:5], "nowhere", *publish[6:], *key)
@@ -294,6 +400,6 @@ def test_mistakes_are_one_line(small: Home, propolis: Command, mistake: Callable
 def test_the_release_of_a_package_is_found_by_its_digest(small: Home) -> None:
     small.publish(1, "one")
     with Package.open(small.folder / "one") as package:
-        release: Release = package.release
-    assert len(small.registry.content_key(release.digest) or b"") == 32
+        found: Release = package.release
+    assert len(small.registry.content_key(found.digest) or b"") == 32
     assert load_release_key(small.folder / "release.key").claimed.serial == 1
