@@ -10,6 +10,7 @@ chunk, so a blob put in another one's place is refused before any of it is read.
 
 from __future__ import annotations
 
+import hmac
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from propolis.secure.errors import UsageError
-from propolis.secure.labels import BLOB, BLOB_NAME, REGISTRY_KEY, RELEASED_KEY
+from propolis.secure.labels import BLOB, BLOB_NAME, REGISTRY_KEY, REGISTRY_ROW, RELEASED_KEY, joined
 
 KEY_BYTES = 32
 CHUNK_BYTES = 2**20
@@ -78,6 +79,11 @@ class RegistryKey:
             return cipher.decrypt(_nonce(0, True), kept[_SALT_BYTES:], manifest)
         except (InvalidTag, ValueError):
             raise UsageError("the content key of this release is damaged, or another one's") from None
+
+    def code_of(self, *fields: object) -> str:
+        """What tells that these were put together by who has the key: an HMAC-SHA256, in hexadecimal."""
+        said = joined(REGISTRY_ROW, *(str(field).encode() for field in fields))
+        return hmac.digest(self._derive(REGISTRY_ROW, b""), said, "sha256").hex()
 
     def _derive(self, label: bytes, salt: bytes) -> bytes:
         return HKDF(SHA256(), KEY_BYTES, salt, label).derive(self.secret)

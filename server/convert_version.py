@@ -14,7 +14,7 @@ from propolis.server.registry import Registry
 from propolis.server.registry_files import NewArtifact
 from propolis.server.registry_records import Version
 from propolis.serving.golden import GOLDEN_FILE
-from propolis.task import check_task, load_task
+from propolis.task import BUILT_IN, check_task, load_task
 
 _KINDS = {FLOAT32_FILE: Kind.ONNX, INT8_FILE: Kind.INT8, GOLDEN_FILE: Kind.GOLDEN}
 
@@ -31,7 +31,7 @@ def convert_version(
     Args:
         registry: that the version is in.
         version: without such files.
-        task: reference of the one that it solves; that of its run by default.
+        task: reference of the one that it solves; that of its run by default, if that is built in.
         data: folder with the task's data.
         quantization: of a model in int8; None for none.
 
@@ -40,26 +40,35 @@ def convert_version(
         PropolisError: the file computes something else than torch does.
         StorageError: the files could not be stored.
     """
+    registry.require_authentic(version)
     reference = task or task_of(version)
     made = load_task(reference, data)
     sets = check_task(made)
     weights = b"".join(registry.read(version))
     converted = convert(made, sets, weights, _origin(registry, version, reference), quantization)
     files = {**converted.files, GOLDEN_FILE: converted.golden(sets).to_bytes()}
-    figures = {f"{data_name(reference, data)}, {name}": found for name, found in converted.metrics.items()}
     new = [NewArtifact(name, _KINDS[name], content) for name, content in files.items()]
-    return registry.attach_all(version, new, figures), converted
+    return registry.attach_all(version, new, converted.metrics, data_name(reference, data)), converted
 
 
 def task_of(version: Version) -> str:
-    """The task that a version's run solved; raises UsageError where that is not known."""
+    """The built-in task that a version's run solved.
+
+    Raises:
+        UsageError: it is not known, or is code that would run beside the registry's key because its database says so.
+    """
     known = version.lineage.configuration.get("task")
     if not isinstance(known, str):
         raise UsageError(f"it is not known which task {version} solves: say so with --task")
+    if known not in BUILT_IN:
+        raise UsageError(f"{version} says that it solves {known[:200]!r}, which is code: if you trust it, give --task")
     return known
 
 
 def _origin(registry: Registry, version: Version, task: str) -> Origin:
     lineage = version.lineage
-    parent = registry.version(version.model, lineage.parent).digest if lineage.parent else ""
-    return Origin(version.model, str(version.version), task, version.digest, lineage.round, parent)
+    parent = registry.version(version.model, lineage.parent) if lineage.parent else None
+    if parent is not None:
+        registry.require_authentic(parent)
+    made_from = "" if parent is None else parent.digest
+    return Origin(version.model, str(version.version), task, version.digest, lineage.round, made_from)

@@ -36,6 +36,7 @@ def export_to_mlflow(registry: Registry, model: str, uri: str, artifacts: str | 
     Raises:
         UsageError: MLflow is not installed, there is no such model, or MLflow refuses.
     """
+    versions = registry.versions(model)
     client = _client(uri)
     with _reporting(uri):
         experiment = client.get_experiment_by_name(model)
@@ -47,7 +48,7 @@ def export_to_mlflow(registry: Registry, model: str, uri: str, artifacts: str | 
             for each in client.search_model_versions(f"name = '{model}'")
             if _VERSION in each.tags
         }
-        for version in registry.versions(model):
+        for version in versions:
             if version.version not in known:
                 known[version.version] = _add(client, experiment_id, registry, version)
             for alias in version.aliases:
@@ -82,11 +83,12 @@ def _add(client: MlflowClient, experiment: str, registry: Registry, version: Ver
     for name, value in version.lineage.configuration.items():
         client.log_param(run_id, name, value)
     for name, figure in version.lineage.metrics.items():
-        client.log_metric(run_id, name, figure, step=version.lineage.round or 0)
+        if figure is not None:
+            client.log_metric(run_id, name, figure, step=version.lineage.round or 0)
     for evaluation in version.evaluations:
         for name, value in evaluation.metrics.items():
             if value is not None:
-                client.log_metric(run_id, f"{_known_letters(evaluation.data)}/{name}", value)
+                client.log_metric(run_id, f"{_known_letters(str(evaluation))}/{name}", value)
     with clear_folder(version.size) as folder:
         registry.export(version, folder / MODEL_FILE)
         client.log_artifact(run_id, str(folder / MODEL_FILE))

@@ -19,6 +19,8 @@ def as_dict(version: Version) -> dict[str, Any]:
     said["created_at"] = _time(version.created_at)
     for evaluation in said["evaluations"]:
         evaluation["evaluated_at"] = _time(evaluation["evaluated_at"])
+    for record in (said, *said["artifacts"]):
+        del record["code"]  # of no use without the registry's key
     for release in said["releases"]:
         release |= {key: _time(release[key]) for key in ("created_at", "expires_at")}
     return said
@@ -54,7 +56,7 @@ def sheet_of(version: Version) -> str:
         "settings": ", ".join(f"{key}={value}" for key, value in lineage.configuration.items()),
     }
     said = [f"{name:<11}{value}" for name, value in lines.items() if value not in (None, "")]
-    evaluated = [f"on {each.data}, {_time(each.evaluated_at)}: {figures(each.metrics)}" for each in version.evaluations]
+    evaluated = [f"on {each}, {_time(each.evaluated_at)}: {figures(each.metrics)}" for each in version.evaluations]
     attached = [f"{each.name}: {format_bytes(each.size)}, sha256 {each.digest}" for each in version.artifacts]
     released = [
         f"release {each.sequence}, {_time(each.created_at)}, to be installed until {_time(each.expires_at)}"

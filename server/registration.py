@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from propolis.secure.errors import UsageError
 from propolis.server.opening import open_or_make, open_registry
-from propolis.server.registry_records import Lineage, Version, require_name
+from propolis.server.registry_records import Lineage, Version, finite, require_name
 from propolis.server.report import CONFIG, MODEL, RESULT
 from propolis.settings import load_settings
 from propolis.storage import write_atomically
@@ -101,7 +101,7 @@ def register_run(
         round=last["round"],
         parent=parent,
         configuration=load_settings(out / CONFIG).model_dump(exclude_none=True),
-        metrics={name: value for name, value in figures.items() if value is not None},
+        metrics=finite({name: value for name, value in figures.items() if value is not None}),
         uplink_bytes=result["uplink_bytes"],
         downlink_bytes=result["downlink_bytes"],
         survivors=last["survivors"],

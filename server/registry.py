@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Row, select
 
 from propolis.secure.errors import UsageError
 from propolis.secure.manifest import Kind
+from propolis.server.registry_authentic import require_authentic
 from propolis.server.registry_database import Database
 from propolis.server.registry_files import Files, NewArtifact
 from propolis.server.registry_history import Aliases, add_version, records_of, registered_before, row_of
@@ -50,13 +51,11 @@ class Registry:
 
     def __init__(self, location: str | Path) -> None:
         self._database = Database(str(location))
-        blobs, key_check = self._database.described()
-        key = load_key(self._database.folder)
-        if key.check() != key_check:
-            raise UsageError(f"the key is not that of the registry in {self.name}")
-        self._key = key
+        self._database.require_made()
+        self._key = key = load_key(self._database.folder)
+        blobs = self._database.opened(key)
         self._vault = Vault(key, blobs or str((self._database.folder or Path()).absolute() / BLOBS_FOLDER))
-        self._files = Files(self._database, self._vault)
+        self._files = Files(self._database, self._vault, key)
 
     @classmethod
     def make(cls, location: str | Path, blobs: str | None = None) -> Registry:
@@ -108,14 +107,19 @@ class Registry:
         return self.attach_all(version, [NewArtifact(name, kind, content)])
 
     def attach_all(
-        self, version: Version, files: Sequence[NewArtifact], figures: Mapping[str, Mapping[str, float]] | None = None
+        self,
+        version: Version,
+        files: Sequence[NewArtifact],
+        figures: Mapping[str, Mapping[str, float]] | None = None,
+        data: str = "",
     ) -> Version:
-        """Add files to a version, and figures of it, all or none; a file that it has already stays as it is.
+        """Add files to a version, and figures of them, all or none; a file that it has already stays as it is.
 
         Args:
             version: to add to.
             files: their names are new to the version.
-            figures: metrics by the name of what they were found on.
+            figures: metrics by the name of the file that has them.
+            data: name of the data set that the figures are of.
 
         Raises:
             UsageError: a file cannot be read, or the version has another one of its name.
@@ -123,8 +127,8 @@ class Registry:
         """
 
         def add(connection: Connection, version_id: int) -> Version:
-            for data, metrics in (figures or {}).items():
-                _add_evaluation(connection, version_id, data, metrics)
+            for file, metrics in (figures or {}).items():
+                _add_evaluation(connection, version_id, data, metrics, file)
             return self._version(connection, version.model, version.version)
 
         return self._files.attach(files, lambda connection: self._row(connection, version.model, version.version), add)
@@ -169,10 +173,16 @@ class Registry:
         """The file of a version, in chunks; each is authentic, and the last comes only of a whole file.
 
         Raises:
-            UsageError: the blob is missing, damaged or another one; before the first byte that is not the version's.
+            UsageError: the blob is missing, damaged or another one, or the version's row is not as it was registered;
+                before the first byte that is not the version's.
             StorageError: it cannot be read.
         """
+        self.require_authentic(version)
         yield from self._files.read(version.digest, version)
+
+    def require_authentic(self, version: Version) -> None:
+        """Raises UsageError where the database says something else of a version than what was registered."""
+        require_authentic(self._key, version)
 
     def export(self, version: Version, out: Path, name: str | None = None) -> None:
         """Write the file of a version, or one attached to it, for its owner alone: it is in clear; raises as `read`."""
@@ -279,6 +289,7 @@ class Registry:
         if found is None:
             known = ", ".join(each.name for each in version.artifacts) or "none"
             raise UsageError(f"{version} has no file {name!r}: those attached to it are {known}")
+        require_authentic(self._key, version, found)
         return self._files.read(found.digest, f"{name} of {version}")
 
     def _row(self, connection: Connection, model: str, wanted: int | str) -> Row[Any]:
@@ -292,9 +303,11 @@ class Registry:
         """The commit point of a registration."""
         if lineage.parent is not None:
             self._row(connection, model, lineage.parent)
-        return add_version(connection, model, digest, self._vault.name_of(digest), size, lineage)
+        return add_version(connection, self._key, model, digest, size, lineage)
 
 
-def _add_evaluation(connection: Connection, version_id: int, data: str, metrics: Mapping[str, float]) -> None:
-    row = {"version_id": version_id, "data": require_data_name(data), "metrics": finite(metrics)}
+def _add_evaluation(
+    connection: Connection, version_id: int, data: str, metrics: Mapping[str, float], artifact: str | None = None
+) -> None:
+    row = {"version_id": version_id, "data": require_data_name(data), "metrics": finite(metrics), "artifact": artifact}
     connection.execute(evaluations.insert().values({**row, "evaluated_at": time.time()}))

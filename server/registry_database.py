@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from propolis.secure.errors import StorageError, UsageError
+from propolis.server.at_rest import RegistryKey
 from propolis.server.registry_migrations import STEPS, migrate, schema_of
 from propolis.server.registry_tables import SCHEMA, metadata, registries
 
@@ -66,19 +67,24 @@ class Database:
             row = {"id": 1, "schema_version": SCHEMA, "blobs": blobs, "key_check": key_check}
             connection.execute(registries.insert().values(row))
 
-    def described(self) -> tuple[str, str]:
-        """Where the blobs are, and the check of the key; an older registry becomes one of this version first.
-
-        Raises:
-            UsageError: there is none, or its tables are of a version that this one does not know.
-        """
+    def require_made(self) -> None:
+        """Raises UsageError where there is no registry."""
         if not self.exists:
             raise UsageError(f"there is no registry in {self.name}: propolis models init makes one")
+
+    def opened(self, key: RegistryKey) -> str:
+        """Where the blobs are; an older registry becomes one of this version first, if the key is its own.
+
+        Raises:
+            UsageError: the key is another one's, or the tables are of a version that this one does not know.
+        """
         with self.reading() as connection:
+            if connection.scalar(select(registries.c.key_check)) != key.check():
+                raise UsageError(f"the key is not that of the registry in {self.name}")
             is_old = schema_of(connection) in STEPS
         if is_old:
             with self.writing() as connection:  # somebody else may have come before
-                migrate(connection)
+                migrate(connection, key)
         with self.reading() as connection:
             schema = schema_of(connection)
             if schema != SCHEMA:
@@ -87,8 +93,8 @@ class Database:
                     f"the registry in {self.name} has schema {schema}, this version of Propolis reads {SCHEMA}: "
                     f"it was made by {older} one"
                 )
-            row = connection.execute(select(registries)).one()
-            return row.blobs, row.key_check
+            blobs: str = connection.execute(select(registries.c.blobs)).scalar_one()
+            return blobs
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

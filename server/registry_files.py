@@ -11,6 +11,8 @@ from sqlalchemy import Connection, Row, func, select
 
 from propolis.secure.errors import StorageError, UsageError
 from propolis.secure.manifest import Kind, is_file_name
+from propolis.server.at_rest import RegistryKey
+from propolis.server.registry_authentic import code_of_artifact
 from propolis.server.registry_database import Database
 from propolis.server.registry_tables import artifacts, versions
 from propolis.server.vault import Vault, digest_of
@@ -38,10 +40,11 @@ class Files:
     Args:
         database: with the rows that name them.
         vault: that they lie in.
+        key: that says who wrote those rows.
     """
 
-    def __init__(self, database: Database, vault: Vault) -> None:
-        self._database, self._vault = database, vault
+    def __init__(self, database: Database, vault: Vault, key: RegistryKey) -> None:
+        self._database, self._vault, self._key = database, vault, key
 
     def commit(self, files: Sequence[tuple[Path | bytes, bytes]], add: Callable[[Connection], T]) -> T:
         """Store files, and then add the rows that name them, all or none.
@@ -89,10 +92,10 @@ class Files:
         measured = [(each, *digest_of(each.content)) for each in wanted]
 
         def add(connection: Connection) -> T:
-            version_id = find(connection).id
+            version = find(connection)
             for each, digest, size in measured:
-                self._add(connection, version_id, each, digest, size)
-            return then(connection, version_id)
+                self._add(connection, version, each, digest, size)
+            return then(connection, version.id)
 
         return self.commit([(each.content, digest) for each, digest, _ in measured], add)
 
@@ -115,20 +118,19 @@ class Files:
                 swept.append(blob)
         return swept
 
-    def _add(self, connection: Connection, version_id: int, new: NewArtifact, digest: bytes, size: int) -> None:
-        mine = (artifacts.c.version_id == version_id, func.lower(artifacts.c.name) == new.name.lower())
+    def _add(self, connection: Connection, version: Row[Any], new: NewArtifact, digest: bytes, size: int) -> None:
+        mine = (artifacts.c.version_id == version.id, func.lower(artifacts.c.name) == new.name.lower())
         known = connection.execute(select(artifacts).where(*mine)).one_or_none()
         if known is not None:
             if (known.name, known.digest, known.kind) == (new.name, digest.hex(), new.kind.name.lower()):
                 return
             raise UsageError(f"the version has a file {known.name} already, and what it has is never changed")
+        said = (new.name, new.kind.name.lower(), digest.hex(), size)
         row = {
-            "version_id": version_id,
-            "name": new.name,
-            "kind": new.kind.name.lower(),
-            "digest": digest.hex(),
+            "version_id": version.id,
+            **dict(zip(("name", "kind", "digest", "size"), said, strict=True)),
             "blob": self._vault.name_of(digest),
-            "size": size,
+            "code": code_of_artifact(self._key, version.model, version.version, *said),
         }
         connection.execute(artifacts.insert().values(row))
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
 
 from propolis.secure.errors import UsageError
-from propolis.server.registry_records import Artifact, Evaluation, Lineage, Released, Version, require_alias
+from propolis.server.at_rest import RegistryKey
+from propolis.server.registry_authentic import code_of_version
+from propolis.server.registry_records import Artifact, Evaluation, Lineage, Released, Version, finite, require_alias
 from propolis.server.registry_tables import alias_changes, artifacts, evaluations, releases, tags, versions
 
 _LINEAGE = tuple(each.name for each in fields(Lineage))
@@ -31,7 +33,7 @@ def records_of(connection: Connection, *wanted: ColumnElement[bool]) -> list[Ver
     for each in connection.execute(
         select(evaluations).where(evaluations.c.version_id.in_(ids)).order_by(evaluations.c.id)
     ):
-        evaluated[each.version_id].append(Evaluation(each.data, each.metrics, each.evaluated_at))
+        evaluated[each.version_id].append(Evaluation(each.data, each.metrics, each.evaluated_at, each.artifact))
     attached, released = _attached(connection, ids), _released(connection, ids)
     return [
         Version(
@@ -76,20 +78,29 @@ def registered_before(connection: Connection, model: str, digest: bytes, lineage
     return known
 
 
-def add_version(connection: Connection, model: str, digest: bytes, blob: str, size: int, lineage: Lineage) -> int:
+def add_version(
+    connection: Connection, key: RegistryKey, model: str, digest: bytes, size: int, lineage: Lineage
+) -> int:
     """Add the row of a model's next version, and return its number."""
     last = connection.scalar(select(func.max(versions.c.version)).where(versions.c.model == model)) or 0
+    lineage = replace(lineage, metrics=finite(lineage.metrics))
     row = {
         "model": model,
         "version": last + 1,
         "digest": digest.hex(),
-        "blob": blob,
+        "blob": key.name_of(digest),
         "size": size,
         "created_at": time.time(),
+        "code": code_of_version(key, model, last + 1, digest.hex(), size, lineage),
         **asdict(lineage),
     }
     connection.execute(versions.insert().values(row))
     return int(last) + 1
+
+
+def lineage_of(row: Row[Any]) -> Lineage:
+    """Where a version comes from, as its row says."""
+    return Lineage(**{name: getattr(row, name) for name in _LINEAGE})
 
 
 class Aliases:
@@ -155,7 +166,7 @@ def _attached(connection: Connection, ids: Select[Any]) -> dict[int, list[Artifa
     found = defaultdict[int, list[Artifact]](list)
     rows = select(artifacts).where(artifacts.c.version_id.in_(ids)).order_by(artifacts.c.id)
     for row in connection.execute(rows):
-        found[row.version_id].append(Artifact(row.name, row.kind, row.digest, row.size))
+        found[row.version_id].append(Artifact(row.name, row.kind, row.digest, row.size, row.code))
     return found
 
 
@@ -171,7 +182,7 @@ def _released(connection: Connection, ids: Select[Any]) -> dict[int, list[Releas
 def _of_row(row: Row[Any]) -> dict[str, Any]:
     """What a version's own row says of it."""
     said = {name: getattr(row, name) for name in ("model", "version", "digest", "size", "created_at")}
-    return {**said, "lineage": Lineage(**{name: getattr(row, name) for name in _LINEAGE})}
+    return {**said, "lineage": lineage_of(row), "code": row.code or ""}
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ class Lineage:
         round: after which it was the global model.
         parent: the version of the same model that it was made from.
         configuration: the settings of the run.
-        metrics: on the server's test set, and whatever else the last round reported.
+        metrics: on the server's test set, and whatever else the last round reported; None was no finite number.
         uplink_bytes: that all devices sent in the run.
         downlink_bytes: that all devices received in the run.
         survivors: devices whose update is in the last round.
@@ -35,7 +35,7 @@ class Lineage:
     round: int | None = None
     parent: int | None = None
     configuration: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     uplink_bytes: int | None = None
     downlink_bytes: int | None = None
     survivors: int | None = None
@@ -49,11 +49,16 @@ class Evaluation:
         data: the data set's name.
         metrics: by name; None where it was not a finite number.
         evaluated_at: seconds since 1970.
+        artifact: the file that was evaluated; None is the version's own.
     """
 
     data: str
     metrics: Mapping[str, float | None]
     evaluated_at: float
+    artifact: str | None = None
+
+    def __str__(self) -> str:
+        return self.data if self.artifact is None else f"{self.data}, {self.artifact}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +70,14 @@ class Artifact:
         kind: what it is for: a name of `propolis.secure.manifest.Kind`, in lower case.
         digest: SHA-256 of its content, in hexadecimal.
         size: in bytes.
+        code: that says who wrote this, see `code_of_artifact`.
     """
 
     name: str
     kind: str
     digest: str
     size: int
+    code: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,7 @@ class Version:
         evaluations: the oldest first.
         artifacts: in the order that they were attached in.
         releases: the oldest first.
+        code: that says who wrote what never changes, see `code_of_version`.
     """
 
     model: str
@@ -120,6 +128,7 @@ class Version:
     evaluations: tuple[Evaluation, ...]
     artifacts: tuple[Artifact, ...]
     releases: tuple[Released, ...]
+    code: str
 
     def __str__(self) -> str:
         return f"{self.model} {self.version}"
@@ -158,6 +167,8 @@ def require_data_name(name: str) -> str:
     return name
 
 
-def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """Metrics as JSON can say them: None for what is infinite or not a number."""
-    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+    return {
+        name: float(value) if value is not None and math.isfinite(value) else None for name, value in metrics.items()
+    }

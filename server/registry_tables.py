@@ -50,6 +50,7 @@ versions = Table(
     Column("uplink_bytes", BigInteger),
     Column("downlink_bytes", BigInteger),
     Column("survivors", Integer),
+    Column("code", String(64)),  # `code_of_version`; one without is refused
     UniqueConstraint("model", "version"),
 )
 
@@ -81,6 +82,7 @@ evaluations = Table(
     Column("data", String(200), nullable=False),
     Column("metrics", JSON, nullable=False),
     Column("evaluated_at", Float(53), nullable=False),
+    Column("artifact", String(100)),  # that was evaluated, and not the version's own file
 )
 
 # Further files of a version, such as the ONNX models that were made of it.
@@ -94,6 +96,7 @@ artifacts = Table(
     Column("digest", String(64), nullable=False),  # SHA-256 of the plaintext
     Column("blob", String(64), nullable=False, index=True),
     Column("size", BigInteger, nullable=False),  # bytes of the plaintext
+    Column("code", String(64), nullable=False),  # `code_of_artifact`
     UniqueConstraint("version_id", "name"),
 )
 

@@ -217,9 +217,8 @@ def measures_of(version: Version) -> dict[str, float]:
     """The metrics of a version, and under the file's name those of its artifacts, as far as a manifest can say them."""
     measures: dict[str, float | None] = dict(version.lineage.metrics)
     for evaluation in version.evaluations:
-        for artifact in version.artifacts:
-            if evaluation.data.endswith(f", {artifact.name}"):
-                measures |= {f"{artifact.name} {name}": value for name, value in evaluation.metrics.items()}
+        if evaluation.artifact is not None:
+            measures |= {f"{evaluation.artifact} {name}": value for name, value in evaluation.metrics.items()}
     return {
         name: value
         for name, value in measures.items()

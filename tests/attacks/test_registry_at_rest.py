@@ -15,15 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from registries import content, in_processes, model_file, the_blobs
 from safetensors.torch import save
+from sqlalchemy import text
 
 from harness import Blobs
 from propolis.secure.errors import UsageError
+from propolis.secure.manifest import Kind
 from propolis.server import clear_folder, registry_key
 from propolis.server.at_rest import RegistryKey, opened, sealed
 from propolis.server.convert import Quantization
 from propolis.server.convert_version import convert_version
 from propolis.server.registry import Registry
-from propolis.server.registry_records import Version, require_alias, require_name
+from propolis.server.registry_files import NewArtifact
+from propolis.server.registry_records import Lineage, Version, require_alias, require_name
+from propolis.server.release import measures_of
 
 KEY = RegistryKey(bytes(range(32)))
 DIGEST = bytes(32)
@@ -262,6 +266,76 @@ def test_names_that_are_paths_flags_or_too_long_are_refused(registry: Registry, 
     with pytest.raises(UsageError, match="expected at most 64"):
         registry.version(name, 1)
     assert registry.versions() == []
+
+
+CHANGES = {
+    "another version's file": "UPDATE propolis_version SET digest = (SELECT digest FROM propolis_version WHERE id = 2),"
+    " blob = (SELECT blob FROM propolis_version WHERE id = 2) WHERE id = 1",
+    "another model's name": "UPDATE propolis_version SET model = 'faces' WHERE id = 1",
+    "other metrics": "UPDATE propolis_version SET metrics = '{\"accuracy\": 1.0}' WHERE id = 1",
+    "other settings": 'UPDATE propolis_version SET configuration = \'{"task": "digits"}\' WHERE id = 1',
+    "another run": "UPDATE propolis_version SET run_id = 'b' WHERE id = 1",
+    "no code": "UPDATE propolis_version SET code = NULL WHERE id = 1",
+    "no ASCII": "UPDATE propolis_version SET code = 'é' WHERE id = 1",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_version_that_the_databases_writer_changed_is_refused(location: str, tmp_path: Path, change: str) -> None:
+    registry = Registry(location)
+    for seed in (1, 2):
+        registry.register("digits", model_file(tmp_path, seed), Lineage(run_id="a", metrics={"accuracy": 0.5}))
+    written(registry, CHANGES[change])
+    (version,) = [each for each in registry.versions() if (each.model, each.version) != ("digits", 2)]
+    for refused in (registry.verify, registry.require_authentic, lambda it: next(registry.read(it))):
+        with pytest.raises(UsageError, match="somebody without the registry's key changed what its database says"):
+            refused(version)
+    registry.verify(registry.version("digits", 2))
+
+
+@pytest.mark.parametrize("column", ["digest", "kind", "name"])
+def test_an_artifact_that_the_databases_writer_changed_or_moved_is_refused(
+    location: str, tmp_path: Path, column: str
+) -> None:
+    registry = Registry(location)
+    for seed in (1, 2):
+        made = registry.register("digits", model_file(tmp_path, seed))
+        registry.attach(made, "model.onnx", Kind.ONNX, b"onnx %d" % seed)
+    other = registry.attach(registry.register("faces", model_file(tmp_path)), "golden.npz", Kind.GOLDEN, b"golden")
+    written(
+        registry,
+        f"UPDATE propolis_artifact SET {column} = (SELECT {column} FROM propolis_artifact WHERE id = 3),"  # noqa: S608
+        " blob = (SELECT blob FROM propolis_artifact WHERE id = 3) WHERE id = 1",
+    )
+    (changed,) = registry.version("digits", 1).artifacts
+    with pytest.raises(UsageError, match="digits 1: somebody without the registry's key changed"):
+        registry.artifact(registry.version("digits", 1), changed.name)
+    assert registry.artifact(other, "golden.npz") == b"golden"
+    written(registry, "DELETE FROM propolis_artifact WHERE id = 1")
+    written(registry, "UPDATE propolis_artifact SET version_id = 1 WHERE id = 2")
+    with pytest.raises(UsageError, match="digits 1: somebody without"):
+        registry.artifact(registry.version("digits", 1), "model.onnx")
+
+
+def test_no_code_is_run_because_the_database_names_it(tmp_path: Path, registry: Registry) -> None:
+    version = registry.register("digits", model_file(tmp_path), Lineage(configuration={"task": "antigravity:fly"}))
+    with pytest.raises(UsageError, match="'antigravity:fly', which is code: if you trust it, give --task"):
+        convert_version(registry, version)
+    assert "antigravity" not in sys.modules
+
+
+def test_figures_of_other_data_are_not_signed_as_a_files(registry: Registry, tmp_path: Path) -> None:
+    version = registry.register("digits", model_file(tmp_path))
+    new = [NewArtifact("model.onnx", Kind.ONNX, b"onnx")]
+    version = registry.attach_all(version, new, {"model.onnx": {"accuracy": 0.25}}, "digits")
+    version = registry.add_evaluation(version, "digits:easy, model.onnx", {"accuracy": 1.0})
+    assert measures_of(version) == {"model.onnx accuracy": 0.25}
+
+
+def written(registry: Registry, statement: str) -> None:
+    """What somebody does who can write to the database."""
+    with registry._database.writing() as connection:
+        connection.execute(text(statement))
 
 
 def test_an_alias_is_no_number_and_a_name_no_sql(registry: Registry, two: tuple[Version, Version]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def converted(registry: Registry, quantization: Quantization | None = SMALL) -> Version:
-    return convert_version(registry, registry.version("blobs", 1), quantization=quantization)[0]
+    return convert_version(registry, registry.version("blobs", 1), TASK, quantization=quantization)[0]
 
 
 def test_a_version_gets_its_files_their_figures_and_a_golden_batch(registry: Registry) -> None:
@@ -61,7 +62,7 @@ def test_a_version_gets_its_files_their_figures_and_a_golden_batch(registry: Reg
     assert [(each.name, each.kind) for each in version.artifacts] == list(
         zip(FILES, ["onnx", "int8", "golden"], strict=True)
     )
-    assert [each.data for each in version.evaluations] == [f"{TASK}, model.onnx", f"{TASK}, model.int8.onnx"]
+    assert [(each.data, each.artifact) for each in version.evaluations] == [(TASK, name) for name in FILES[:2]]
     for evaluation in version.evaluations:
         assert (evaluation.metrics["accuracy"] or 0) > 0.7
     golden = Golden.from_bytes(registry.artifact(version, "golden.npz"))
@@ -95,7 +96,7 @@ def test_a_task_that_is_unknown_or_another_ones_is_said(registry: Registry, tmp_
         convert_version(registry, registry.version("blobs", 2))
     other = registry.register("blobs", model_file(tmp_path), Lineage(configuration={"task": TASK}))
     with pytest.raises(UsageError, match="these are not weights of the task's model"):
-        convert_version(registry, other)
+        convert_version(registry, other, TASK)
 
 
 def test_a_failure_at_the_last_file_leaves_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +121,10 @@ def test_a_file_that_computes_something_else_is_not_kept(registry: Registry, mon
 def test_from_weights_to_files_on_the_command_line(
     registry: Registry, propolis: Command, mistake: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]), prepend=os.pathsep)
     there = ("--registry", "registry")
     assert "say so with --task" in mistake("models", "convert", "blobs", 2, *there)
+    assert "which is code: if you trust it, give --task" in mistake("models", "convert", "blobs", 1, *there)
     assert "give --int8 too" in mistake("models", "convert", "blobs", 1, "--seven-bits", *there)
     done = propolis("models", "convert", "blobs", 2, "--task", TASK, *there)
     assert done.returncode == 0, done.stderr

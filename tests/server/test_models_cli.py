@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def models(propolis: Command, tmp_path: Path) -> Callable[..., subprocess.Comple
 
 @pytest.fixture(autouse=True)
 def _harness_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]), prepend=os.pathsep)
 
 
 def test_a_model_from_file_to_rollback(models: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_versions_go_to_mlflow_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("PROPOLIS_REGISTRY_KEY", KEY)
     registry, file = Registry.make(tmp_path / "registry"), model_file(tmp_path)
-    version = registry.register("digits", file, Lineage(metrics={"accuracy": 0.5}, configuration={"rounds": 3}))
+    version = registry.register("digits", file, Lineage(metrics={"accuracy": 0.5, "odd": float("nan")}, configuration={"rounds": 3}))
     registry.add_evaluation(version, "pkg:Task:clinic", {"accuracy": 0.75})
     registry.tag("digits", 1, {"site": "a"})
     registry.promote("digits", 1)
@@ -164,6 +165,9 @@ def test_versions_go_to_mlflow_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run.data.params["rounds"] == "3"
     assert run.data.metrics == {"accuracy": 0.5, "pkg-Task-clinic/accuracy": 0.75}
     assert (Path(found.source) / "model.safetensors").read_bytes() == file.read_bytes()
+    with pytest.raises(UsageError, match="there is no model 'faces'"):
+        export_to_mlflow(registry, "faces", uri)
+    assert client.get_experiment_by_name("faces") is None
     with pytest.raises(UsageError, match=r"MLflow at file:.*: The filesystem tracking backend"):
         export_to_mlflow(registry, "digits", f"file:{tmp_path}/mlruns")
 

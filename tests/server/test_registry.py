@@ -60,6 +60,13 @@ def test_a_run_is_registered_once_and_another_one_with_the_same_model_beside_it(
     assert registry.register("digits", file, dataclasses.replace(LINEAGE, round=31)).version == 3
 
 
+def test_a_metric_that_is_no_number_is_kept_as_none(location: str, tmp_path: Path) -> None:
+    metrics = {"loss": float("nan"), "accuracy": 0.5, "odd": float("inf")}
+    made = Registry(location).register("digits", model_file(tmp_path), Lineage(metrics=metrics))
+    assert made.lineage.metrics == {"loss": None, "accuracy": 0.5, "odd": None}
+    Registry(location).verify(made)
+
+
 def test_a_parent_must_be_a_version(location: str, tmp_path: Path) -> None:
     registry, file = Registry(location), model_file(tmp_path)
     registry.register("digits", file)

@@ -95,7 +95,7 @@ ATTACH = """
 from propolis.secure.manifest import Kind
 from propolis.server.registry_files import NewArtifact
 files = [NewArtifact("model.onnx", Kind.ONNX, b"onnx" * 1000), NewArtifact("golden.npz", Kind.GOLDEN, b"golden")]
-registry.attach_all(registry.version("digits", 1), files, {"digits": {"accuracy": 0.5}})
+registry.attach_all(registry.version("digits", 1), files, {"model.onnx": {"accuracy": 0.5}}, "digits")
 """
 
 
@@ -109,7 +109,7 @@ def test_a_kill_before_the_commit_attaches_nothing(location: str, tmp_path: Path
     assert in_processes(f"registry = Registry(sys.argv[1])\n{ATTACH}", location) == [0]
     found = registry.version("digits", 1)
     assert [each.name for each in found.artifacts] == ["model.onnx", "golden.npz"]
-    assert [each.data for each in found.evaluations] == ["digits"]
+    assert [(each.data, each.artifact) for each in found.evaluations] == [("digits", "model.onnx")]
 
 
 def test_a_file_that_is_swept_before_its_row_is_stored_again(location: str, tmp_path: Path) -> None:
@@ -181,6 +181,8 @@ def of_schema_1(location: str, folder: Path) -> Registry:
     with registry._database.writing() as connection:
         for table in NEW_TABLES:
             connection.execute(text(f"DROP TABLE {table}"))
+        connection.execute(text("ALTER TABLE propolis_version DROP COLUMN code"))
+        connection.execute(text("ALTER TABLE propolis_evaluation DROP COLUMN artifact"))
         connection.execute(text("UPDATE propolis_registry SET schema_version = 1"))
     return registry
 
@@ -209,9 +211,23 @@ def test_a_registry_of_schema_1_becomes_one_of_today(location: str, tmp_path: Pa
     assert not set(NEW_TABLES) & set(tables_of(registry))
     opened = Registry(location)
     assert tables_of(opened) == today
+    opened.verify(opened.version("digits", 1))
     version = opened.attach_all(opened.version("digits", 1), FILES)
     assert Registry(location).version("digits", 1) == version
     assert opened.next_sequence("digits") == (1, 0)
+
+
+def test_another_key_changes_nothing_of_an_old_registry(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = of_schema_1(location, tmp_path)
+    before = tables_of(old)
+    with monkeypatch.context() as other:
+        other.setenv("PROPOLIS_REGISTRY_KEY", "00" * 32)
+        with pytest.raises(UsageError, match="the key is not that of the registry"):
+            Registry(location)
+    assert tables_of(old) == before
+    assert content(Registry(location), "digits", 1)
 
 
 def test_processes_that_open_an_old_registry_at_once_change_it_once(location: str, tmp_path: Path) -> None:
@@ -226,7 +242,7 @@ def test_a_kill_between_two_statements_leaves_the_old_registry(location: str, tm
     before = tables_of(old)
     code = (
         "import propolis.server.registry_migrations as m\nleft = int(sys.argv[2])\n"
-        "def text(said, made=m.text):\n    global left\n    left -= 'CREATE' in said\n"
+        "def text(said, made=m.text):\n    global left\n    left -= any(word in said for word in ('CREATE', 'ALTER'))\n"
         "    left >= 0 or os._exit(9)\n    return made(said)\n"
         "class Last:\n    update = staticmethod(lambda: os._exit(9))\n"
         "m.text, m.registries = text, Last\nRegistry(sys.argv[1])"

@@ -28,6 +28,7 @@ from propolis.server import release, release_cli
 from propolis.server.plaintext import PlainData, PlainFile, Plaintext
 from propolis.server.publish import KEYS_SUFFIX, Recipient
 from propolis.server.registry import Registry
+from propolis.server.registry_files import NewArtifact
 from propolis.server.registry_records import Lineage
 from propolis.server.registry_releases import Demand, NewRelease
 from propolis.server.release import Publisher, Terms, release_version
@@ -67,9 +68,11 @@ class Home:
         """One more version, with files that tell it from others."""
         lineage = Lineage(run_id=RUN_ID, round=7, metrics={"accuracy": 0.5, "loss": 1.25}, parent=number - 1 or None)
         made = self.registry.register("digits", model_file(self.folder, number), lineage)
-        made = self.registry.attach(made, "model.onnx", Kind.ONNX, ONNX + b"%d" % number)
-        self.registry.attach(made, "golden.npz", Kind.GOLDEN, b"golden")
-        self.registry.add_evaluation(made, "digits, model.onnx", {"accuracy": 0.25, "odd": float("inf")})
+        files = [
+            NewArtifact("model.onnx", Kind.ONNX, ONNX + b"%d" % number),
+            NewArtifact("golden.npz", Kind.GOLDEN, b"golden"),
+        ]
+        self.registry.attach_all(made, files, {"model.onnx": {"accuracy": 0.25, "odd": float("inf")}}, "digits")
 
     @property
     def publisher(self) -> Publisher:
