@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from propolis.server.export import (
     INPUT,
     Origin,
@@ -18,8 +20,6 @@ from propolis.server.model_files import FLOAT32_FILE, INT8_FILE
 from propolis.serving.golden import Golden
 from propolis.serving.model import load_model
 from propolis.task import DataSet, Task
-
-GOLDEN_EXAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,9 @@ class Converted:
     metrics: Mapping[str, Mapping[str, float]]
     difference: float
 
-    def golden(self, sets: DataSet, examples: int = GOLDEN_EXAMPLES) -> Golden:
-        """What the files give for some of the test set's inputs."""
-        inputs = {INPUT: spread_inputs(sets.test, examples).numpy()}
-        return Golden.of({name: load_model(data) for name, data in self.files.items()}, inputs)
+    def golden(self, inputs: np.ndarray) -> Golden:
+        """What the files give for these inputs, (n, ...)."""
+        return Golden.of({name: load_model(data) for name, data in self.files.items()}, {INPUT: inputs})
 
 
 def convert(

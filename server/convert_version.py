@@ -9,6 +9,7 @@ from propolis.secure.manifest import Kind
 from propolis.server.convert import Converted, Quantization, convert
 from propolis.server.evaluation import data_name
 from propolis.server.export import Origin
+from propolis.server.golden_inputs import GoldenChoice, GoldenFrom, golden_inputs, require_golden_choice
 from propolis.server.model_files import FLOAT32_FILE, INT8_FILE
 from propolis.server.registry import Registry
 from propolis.server.registry_files import NewArtifact
@@ -25,6 +26,7 @@ def convert_version(
     task: str | None = None,
     data: Path | None = None,
     quantization: Quantization | None = None,
+    golden: GoldenChoice = GoldenFrom.DEFAULT,
 ) -> tuple[Version, Converted]:
     """Attach the ONNX files of a version to it, with a golden batch and their evaluations, all or none.
 
@@ -34,19 +36,25 @@ def convert_version(
         task: reference of the one that it solves; that of its run by default, if that is built in.
         data: folder with the task's data.
         quantization: of a model in int8; None for none.
+        golden: what the golden batch is made of.
 
     Raises:
-        UsageError: the task is not known or not the model's, or the model cannot be converted.
+        UsageError: it must be said what the golden batch is made of and is not, or the file with its inputs is not
+            usable; the task is not known or not the model's, or the model cannot be converted.
         PropolisError: the file computes something else than torch does.
         StorageError: the files could not be stored.
     """
     registry.require_authentic(version)
     reference = task or task_of(version)
+    require_golden_choice(golden, reference, data)
     made = load_task(reference, data)
     sets = check_task(made)
+    inputs = golden_inputs(golden, sets)
     weights = b"".join(registry.read(version))
     converted = convert(made, sets, weights, _origin(registry, version, reference), quantization)
-    files = {**converted.files, GOLDEN_FILE: converted.golden(sets).to_bytes()}
+    files = dict(converted.files)
+    if inputs is not None:
+        files[GOLDEN_FILE] = converted.golden(inputs).to_bytes()
     new = [NewArtifact(name, _KINDS[name], content) for name, content in files.items()]
     return registry.attach_all(version, new, converted.metrics, data_name(reference, data)), converted
 

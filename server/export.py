@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.clear_folder import clear_folder, temporary_files_in
+from propolis.server.model_files import SEVEN_BITS
 from propolis.serving.model import METADATA_PREFIX, Model, load_model
 from propolis.task import Examples, Task
 
@@ -162,7 +163,7 @@ def quantize_int8(data: bytes, origin: Origin, calibration: Tensor, seven_bits: 
             reduce_range=seven_bits,
             extra_options={"WeightSymmetric": True},
         )
-        return _finished(onnx.load_model(str(quantized)), origin)
+        return _finished(onnx.load_model(str(quantized)), origin, {SEVEN_BITS: str(seven_bits).lower()})
 
 
 def evaluate_onnx(task: Task, data: bytes, examples: Examples) -> dict[str, float]:
@@ -229,11 +230,11 @@ def _to_onnx(task: Task, model: nn.Module) -> onnx.ModelProto:
         return program.model_proto
 
 
-def _finished(proto: onnx.ModelProto, origin: Origin) -> bytes:
+def _finished(proto: onnx.ModelProto, origin: Origin, also: Mapping[str, str] | None = None) -> bytes:
     """The file's bytes, with its metadata; whole, and within what a file may be."""
     from onnx.helper import set_model_props
 
-    set_model_props(proto, origin.metadata())
+    set_model_props(proto, {**origin.metadata(), **(also or {})})
     if proto.ByteSize() > _LARGEST_FILE:
         raise UsageError("the model is larger than 2 GiB, which is more than one ONNX file holds")
     data: bytes = proto.SerializeToString(deterministic=True)

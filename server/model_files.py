@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from propolis.server.registry_records import Version
 
 FLOAT32_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
+SEVEN_BITS = "propolis.seven-bits"  # of a file in int8: "true" or "false"
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -25,6 +26,14 @@ def require_exporter() -> None:
 def is_converted(version: Version) -> bool:
     """Whether a version has a model that can be served."""
     return any(each.name == FLOAT32_FILE for each in version.artifacts)
+
+
+def has_seven_bits(data: bytes) -> bool | None:
+    """Whether a file in int8 keeps its weights within seven bits; None where it does not say."""
+    from propolis.protos import onnx_pb2 as pb
+
+    said = {each.key: each.value for each in pb.Model.FromString(data).metadata_props}
+    return said[SEVEN_BITS] == "true" if SEVEN_BITS in said else None
 
 
 def figures_of(models: Mapping[str, Mapping[str, Any]], max_difference: float) -> str:

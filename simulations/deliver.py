@@ -25,6 +25,7 @@ from propolis.secure.release import delegate
 from propolis.server.convert_version import convert_version
 from propolis.server.delivery import Delivery
 from propolis.server.export import evaluate_model
+from propolis.server.golden_inputs import GoldenFrom
 from propolis.server.link import LinkOptions, LinkServer
 from propolis.server.membership import Membership
 from propolis.server.post import Post
@@ -37,7 +38,7 @@ from propolis.server.rollout import start_rollout
 from propolis.server.shelf import Shelf
 from propolis.simulations.federation import device_folder, make_federation
 from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
-from propolis.task import check_task, load_task
+from propolis.task import BUILT_IN, check_task, load_task
 
 _DAY_S = 24 * 3600
 _LARGEST_MESSAGE = 2**20
@@ -79,7 +80,9 @@ def deliver(registry: Registry, version: Version, task: str, data: str | None, d
         PropolisError: not every device has installed it.
     """
     if not version.artifacts:
-        version, _ = convert_version(registry, version, task, Path(data) if data else None)
+        # A simulation's devices are one machine, but the version stays: nobody was asked for real data's inputs.
+        golden = GoldenFrom.NOWHERE if data and task not in BUILT_IN else GoldenFrom.DEFAULT
+        version, _ = convert_version(registry, version, task, Path(data) if data else None, golden=golden)
     with TemporaryDirectory(prefix="propolis-") as name:
         folder, package = Path(name), Path(name) / "package"
         server = folder / SERVER_FOLDER

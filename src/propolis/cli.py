@@ -23,10 +23,11 @@ from propolis.logs import configure_logging, one_line
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.cli import federation_app
 from propolis.server.config import SIMULATED_ONLY, ServerConfig, load_served
+from propolis.server.convert_cli import convert_command
 from propolis.server.export_cli import export_command
 from propolis.server.models_cli import models_app
 from propolis.server.package_cli import package_app
-from propolis.server.release_cli import convert_command, publish_command
+from propolis.server.release_cli import publish_command
 from propolis.server.rollout_cli import rollout_app
 from propolis.server.serve_cli import serve_command
 from propolis.settings import Settings, load_settings

@@ -18,9 +18,10 @@ from safetensors.torch import save
 
 from harness import Blobs
 from propolis.secure.errors import PropolisError, UsageError
-from propolis.server import convert, export
-from propolis.server.convert import GOLDEN_EXAMPLES, Quantization
+from propolis.server import convert, convert_cli, export
+from propolis.server.convert import Quantization
 from propolis.server.convert_version import convert_version
+from propolis.server.golden_inputs import GOLDEN_EXAMPLES, GoldenFrom
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Lineage, Version
 from propolis.serving.golden import Golden
@@ -80,6 +81,89 @@ def test_a_version_gets_its_files_their_figures_and_a_golden_batch(registry: Reg
     assert golden.difference(load_model(registry.artifact(version, FILES[1])), FILES[0]) > 1e-6, "int8 is another model"
 
 
+def test_inputs_of_somebodys_data_go_to_devices_only_when_they_are_asked_for(
+    registry: Registry, tmp_path: Path
+) -> None:
+    version = registry.version("blobs", 1)
+    with pytest.raises(
+        UsageError, match=r"8 test inputs from .* would go to every device, .* or --golden-from-test-set"
+    ):
+        convert_version(registry, version, TASK, tmp_path)
+    assert registry.version("blobs", 1) == version
+    made, _ = convert_version(registry, version, TASK, tmp_path, golden=GoldenFrom.TEST_SET)
+    assert len(golden_of(registry, made)) == 8
+    made, _ = convert_version(registry, registry.version("blobs", 2), TASK, tmp_path, golden=GoldenFrom.NOWHERE)
+    assert [each.name for each in made.artifacts] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("kind", ["npy", "json", "object.json", "npz"])
+def test_a_golden_batch_may_be_of_inputs_in_a_file(registry: Registry, tmp_path: Path, kind: str) -> None:
+    inputs = np.arange(12.0).reshape(3, 4)
+    path = tmp_path / f"inputs.{kind}"
+    if kind == "npy":
+        np.save(path, inputs)
+    elif kind == "npz":
+        path.write_bytes(Golden({"input": inputs.astype(np.float32)}, {}).to_bytes())
+    else:
+        path.write_text(json.dumps({"input": inputs.tolist()} if kind == "object.json" else inputs.tolist()))
+    made, _ = convert_version(registry, registry.version("blobs", 1), TASK, tmp_path, golden=path)
+    assert np.array_equal(golden_of(registry, made), inputs.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[[1, 2]]", "has inputs of shape 1x2, the task's are nx4"),
+        ("[]", "the task's are nx4"),
+        ("5", "has inputs of shape one number"),
+        ("[[1, 2, 3, NaN]]", "no finite numbers"),
+        ('[["1", 2, 3, 4]]', "has no inputs for a golden batch"),
+        ("[[1], [2, 3]]", "has no inputs for a golden batch"),
+        ('{"other": 1}', "has no inputs for a golden batch"),
+        ("{", "has no inputs for a golden batch"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_file_without_the_tasks_inputs_is_refused_before_the_conversion(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, said: str
+) -> None:
+    monkeypatch.setattr(registry, "read", lambda _: pytest.fail("it was not refused before"))
+    if content is not None:
+        (tmp_path / "inputs.json").write_text(content)
+    with pytest.raises(UsageError, match=said):
+        convert_version(registry, registry.version("blobs", 1), TASK, golden=tmp_path / "inputs.json")
+
+
+def golden_of(registry: Registry, version: Version) -> np.ndarray:
+    return Golden.from_bytes(registry.artifact(version, "golden.npz")).inputs["input"]
+
+
+def test_what_a_version_has_is_not_taken_for_what_another_request_wants(registry: Registry, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((2, 4)))
+    np.save(tmp_path / "b.npy", np.zeros((2, 4)))
+    flags = {"task": TASK, "registry": str(tmp_path / "registry")}
+
+    def convert(version: str, **more: object) -> None:
+        convert_cli.convert_command("blobs", version, **flags, **more)  # type: ignore[arg-type]
+
+    for version, seven_bits in (("1", True), ("2", False)):
+        convert(version, int8=True, seven_bits=seven_bits, golden=tmp_path / "a.npy")
+        convert(version, int8=True, seven_bits=seven_bits, golden=tmp_path / "a.npy")
+        with pytest.raises(UsageError, match=f"made with{'' if seven_bits else 'out'} --seven-bits, and what"):
+            convert(version, int8=True, seven_bits=not seven_bits)
+        convert(version)
+    with pytest.raises(UsageError, match=r"is of other inputs than .*b\.npy"):
+        convert("1", golden=tmp_path / "b.npy")
+    with pytest.raises(UsageError, match="blobs 1 has a golden batch"):
+        convert("1", no_golden=True)
+    with pytest.raises(UsageError, match="give one of --golden, --no-golden and"):
+        convert("1", no_golden=True, golden_from_test_set=True)
+    registry.register("blobs", tmp_path / "blobs.safetensors")
+    convert("3", no_golden=True)
+    with pytest.raises(UsageError, match="blobs 3 has no golden batch"):
+        convert("3", golden_from_test_set=True)
+
+
 def test_without_int8_there_is_none(registry: Registry) -> None:
     version = converted(registry, None)
     assert [each.name for each in version.artifacts] == ["model.onnx", "golden.npz"]
@@ -128,6 +212,7 @@ def test_from_weights_to_files_on_the_command_line(
     assert "give --int8 too" in mistake("models", "convert", "blobs", 1, "--seven-bits", *there)
     done = propolis("models", "convert", "blobs", 2, "--task", TASK, *there)
     assert done.returncode == 0, done.stderr
+    assert "8 inputs of the test set can be read by every device that gets a release" in done.stderr
     first, second, third = done.stdout.splitlines()
     assert first.startswith("model.onnx: ")
     assert "accuracy 0." in first

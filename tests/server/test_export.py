@@ -81,6 +81,7 @@ def test_a_file_says_where_it_is_from(pictures: tuple[Task, nn.Module]) -> None:
         model = load_model(data)
         assert (model.name, model.version) == ("mine", "7")
         said = {key: value for key, value in model.metadata.items() if key.startswith("propolis.")}
+        assert said.pop("propolis.seven-bits", None) == ("false" if data is small else None)
         assert {key.removeprefix("propolis."): value for key, value in said.items()} == {
             "name": "mine", "version": "7", "task": "digits", "digest": "ab" * 32,
             "round": "30", "parent": "cd" * 32, "input": "input", "output": "output",

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Command
 from enrolling import DAY_S, Applicant, Site
@@ -35,10 +36,12 @@ from propolis.server.release import Publisher, Terms, release_version
 from propolis.server.release_key import ReleaseKey, load_release_key, make_release_key
 from propolis.server.rollout import newest_sequence
 from propolis.server.roster import load_roster
+from propolis.serving.golden import Golden
 
 NOW = time.time()
 RUN_ID = "5c" * 16
 ONNX = b"onnx of version "
+GOLDEN = Golden({"input": np.ones((2, 4), np.float32)}, {}).to_bytes()
 TERMS = Terms(30, Trial(0.25))
 
 
@@ -70,7 +73,7 @@ class Home:
         made = self.registry.register("digits", model_file(self.folder, number), lineage)
         files = [
             NewArtifact("model.onnx", Kind.ONNX, ONNX + b"%d" % number),
-            NewArtifact("golden.npz", Kind.GOLDEN, b"golden"),
+            NewArtifact("golden.npz", Kind.GOLDEN, GOLDEN),
         ]
         self.registry.attach_all(made, files, {"model.onnx": {"accuracy": 0.25, "odd": float("inf")}}, "digits")
 
@@ -268,13 +271,13 @@ def test_what_happens_during_the_conversion_counts(small: Home, monkeypatch: pyt
     small.version(2)
     for number in (1, 2):
         small.registry.promote("digits", number)
-    convert, during = release_cli._converted, list[Callable[[], object]]()
+    convert, during = release_cli.converted, list[Callable[[], object]]()
 
     def slowly(*arguments: Any) -> Any:
         during.pop()()
         return convert(*arguments)
 
-    monkeypatch.setattr(release_cli, "_converted", slowly)
+    monkeypatch.setattr(release_cli, "converted", slowly)
 
     def publish(out: str) -> None:
         flags = {"federation": small.site.server, "release_key": small.folder / "release.key", "rollout": False}
@@ -392,6 +395,8 @@ def test_mistakes_are_one_line(small: Home, propolis: Command, mistake: Callable
     small.new_key("old.key", -1)
     old = mistake(*publish, "--release-key", "old.key", "--no-rollout", "--out", "x")
     assert "devices would refuse this release: the release key 2 has expired" in old
+    assert "give --int8 too" in mistake(*publish, *key, "--seven-bits")
+    assert "digits 1 has a golden batch" in mistake(*publish, *key, "--no-golden", "--no-rollout", "--out", "x")
     assert "without model.int8.onnx" in mistake(*publish, *key, "--int8", "--no-rollout", "--out", "x")
     done = propolis(*publish, *key, "--no-rollout", "--out", "x")
     assert done.stdout == "digits 1 is release 1 of digits, for 1 devices: x\n"
