@@ -36,7 +36,7 @@ from propolis.server.shelf import ContentKeys, Shelf
 from propolis.simulations.federation import device_folder, make_federation
 from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Site:
