@@ -134,7 +134,8 @@ class Installer:
     def open(self, name: str | None = None) -> Opened:
         """The model that is installed, checked and tried again.
 
-        Where the current one does not hold, it is the one before, from then on.
+        Where the current one does not hold, it is the one before, from then on; where the current one cannot be read or
+        does not pass its trial, which may be otherwise the next time, it is the one before this time.
 
         Args:
             name: of the model; None where there is only one.
@@ -146,15 +147,21 @@ class Installer:
         found = record_of(self._folder, name)
         if found is None:
             raise UsageError(f"{name} is not installed in {self._folder}")
-        slots, faults = Slots(self._folder, name), list[str]()
+        slots, faults, passes = Slots(self._folder, name), list[str](), False
         with slots.locked():
             record = slots.record() or found
             for place, slot in enumerate(record.slots):
                 try:
-                    return self._open_slot(slots, record, place)
+                    manifest, files = self._read(slots, slot)
+                    self._try(manifest, files)
                 except PropolisError as error:
                     _log.warning("slot %s of %s: %s", slot.letter, name, error)
                     faults.append(f"{slot.letter}: {error}")
+                    passes = passes or _may_pass(error)
+                    continue
+                if place > 0 and not passes:
+                    self._fall_back(slots, record)
+                return Opened(manifest, files, fell_back=place > 0)
         raise UsageError(f"no slot of {name} can be used, install it again: {'; '.join(faults)}")
 
     def _only_model(self) -> str:
@@ -209,13 +216,6 @@ class Installer:
             stays = f"release {kept.current.release.sequence} of {accepted.manifest.name} is what is installed"
             raise StorageError(f"{error}; {stays}") from None
 
-    def _open_slot(self, slots: Slots, record: Record, place: int) -> Opened:
-        manifest, files = self._read(slots, record.slots[place])
-        self._try(manifest, files)
-        if place > 0:
-            self._fall_back(slots, record)
-        return Opened(manifest, files, fell_back=place > 0)
-
     def _read(self, slots: Slots, slot: Slot) -> tuple[Manifest, dict[str, bytes]]:
         with slots.open(slot, self._device.index) as (package, key):
             accepted = accept_again(package.release, self._device.trust)
@@ -229,6 +229,11 @@ class Installer:
             slots.write_record(replace(record, slots=record.slots[1:]))
         except StorageError as error:
             _log.warning("%s", error)
+
+
+def _may_pass(error: PropolisError) -> bool:
+    """Whether it may be otherwise the next time: a file that could not be opened, a trial on a busy processor."""
+    return not isinstance(error, RefusedError) or error.refusal is Refusal.PROBE
 
 
 def _reason_of(error: Exception) -> str:

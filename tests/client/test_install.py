@@ -14,6 +14,7 @@ from propolis.client.install import Installer, Status
 from propolis.client.keyholder import Keyholder
 from propolis.client.slots import Slots, records
 from propolis.link.delivery import Outcome
+from propolis.package import Package
 from propolis.secure.content import WrappedKey
 from propolis.secure.errors import RefusedError, StorageError, UsageError
 from propolis.secure.manifest import Kind, Manifest
@@ -121,6 +122,25 @@ def test_where_the_current_model_does_not_run_any_more_the_one_before_does(publi
     install(publisher.device(), publisher.seal(1, OLD), publisher.seal(2))
     opened = publisher.device(probe=probe).open()
     assert (opened.manifest.sequence, opened.fell_back) == (1, True)
+
+
+def test_where_the_current_slot_cannot_be_read_for_a_moment_it_is_back_afterwards(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = publisher.device()
+    install(device, publisher.seal(1, OLD), publisher.seal(2))
+    with monkeypatch.context() as patch:
+        package_open, calls = Package.open, list[Path]()
+
+        def out_of_files(path: Path, **options: bool) -> object:
+            calls.append(path)
+            if len(calls) == 1:
+                raise UsageError("cannot read: Too many open files")
+            return package_open(path, **options)
+
+        patch.setattr(Package, "open", out_of_files)
+        assert (device.open().manifest.sequence, len(calls)) == (1, 2)
+    assert (device.open().manifest.sequence, device.open().fell_back) == (2, False)
 
 
 def test_where_falling_back_cannot_be_written_the_model_serves_all_the_same(
