@@ -18,6 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from propolis.secure.errors import StorageError, UsageError
+from propolis.server.urls import without_secrets
 from propolis.storage import sync_folder
 
 _NAME = re.compile(r"[0-9a-f]{64}")
@@ -32,14 +33,18 @@ class Blobs:
 
     Raises:
         UsageError: fsspec knows no such store, or its driver is not installed.
+        StorageError: the store cannot be reached.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url = without_secrets(url)
         try:
             self._files, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise UsageError(f"blobs cannot be kept at {url}: {error}") from None
+            raise UsageError(f"blobs cannot be kept at {self.url}: {without_secrets(str(error))}") from None
+        except Exception as error:  # of a driver that connects at once; they have no base class in common
+            said = without_secrets(str(error) or type(error).__name__)
+            raise StorageError(f"blobs cannot be kept at {self.url}: {said[:300]}") from None
         self._is_local = isinstance(self._files, LocalFileSystem)
 
     def write(self, name: str, pieces: Iterable[bytes]) -> None:
@@ -131,11 +136,21 @@ class Blobs:
         try:
             yield
         except OSError as error:
-            raise StorageError(f"{what}: {error.strerror or error}") from None
+            raise StorageError(f"{what}: {without_secrets(str(error.strerror or error))}") from None
 
 
 def place_of(url: str) -> str:
-    """Where blobs go, for anybody who reads it in whatever folder; raises UsageError when it is not usable."""
+    """Where blobs go, for anybody who reads it in whatever folder.
+
+    Raises:
+        UsageError: it is not usable, or has credentials in it: it is kept in the database, in clear.
+        StorageError: it cannot be reached.
+    """
+    if "://" in url and without_secrets(url) != url:
+        raise UsageError(
+            f"--blobs {without_secrets(url)}: leave out name, password and query, which the database would keep in "
+            "clear; drivers take them from the environment or a file of their own"
+        )
     Blobs(url)
     return url if "://" in url else str(Path(url).absolute())
 

@@ -11,6 +11,7 @@ from propolis.secure.errors import StorageError, UsageError
 from propolis.server.clear_folder import clear_folder
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Version
+from propolis.server.urls import without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,7 +75,7 @@ def _reporting(uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise StorageError(f"MLflow at {uri.rpartition('@')[2]}: {said[0][:300]}") from None
+        raise StorageError(f"MLflow at {without_secrets(uri)}: {without_secrets(said[0])[:300]}") from None
 
 
 def _add(client: MlflowClient, experiment: str, registry: Registry, version: Version) -> int:

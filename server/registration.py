@@ -15,7 +15,7 @@ from propolis.server.opening import open_or_make, open_registry
 from propolis.server.registry_records import Lineage, Version, finite, require_name
 from propolis.server.report import CONFIG, MODEL, RESULT
 from propolis.settings import load_settings
-from propolis.storage import write_atomically
+from propolis.storage import write_once
 
 if TYPE_CHECKING:
     from propolis.server.registry import Registry
@@ -121,8 +121,8 @@ def _identity_of(out: Path, federation: bytes | None) -> Mapping[str, Any]:
     if (out / RUN).exists():
         return _read(out / RUN)
     identity = {"run_id": secrets.token_hex(16), "federation": federation.hex() if federation else None}
-    write_atomically(out / RUN, json.dumps(identity).encode() + b"\n")
-    return identity
+    write_once(out / RUN, json.dumps(identity).encode() + b"\n")  # the first of two who register it at once
+    return _read(out / RUN)
 
 
 def _read(path: Path) -> dict[str, Any]:

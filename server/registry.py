@@ -25,6 +25,7 @@ from propolis.server.registry_records import (
     Lineage,
     Version,
     finite,
+    is_name,
     require_data_name,
     require_name,
     require_tags,
@@ -218,7 +219,7 @@ class Registry:
         with self._database.writing() as connection:
             row = self._row(connection, model, wanted)
             mine = tags.c.version_id == row.id
-            connection.execute(tags.delete().where(mine, tags.c.key.in_([*given, *removed])))
+            connection.execute(tags.delete().where(mine, tags.c.key.in_([*given, *filter(is_name, removed)])))
             for key, value in given.items():
                 connection.execute(tags.insert().values(version_id=row.id, key=key, value=value))
             return self._version(connection, model, row.version)

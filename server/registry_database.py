@@ -19,6 +19,7 @@ from propolis.secure.errors import StorageError, UsageError
 from propolis.server.at_rest import RegistryKey
 from propolis.server.registry_migrations import STEPS, migrate, schema_of
 from propolis.server.registry_tables import SCHEMA, metadata, registries
+from propolis.server.urls import without_secrets
 
 DATABASE_FILE = "registry.db"
 _WAIT_S = 30  # that a writer waits for another one
@@ -38,7 +39,8 @@ class Database:
     def __init__(self, location: str) -> None:
         self.folder = None if "://" in location else Path(location)
         url = URL.create("sqlite", database=str(self.folder / DATABASE_FILE)) if self.folder else _postgres(location)
-        self.name = str(self.folder or url.set(drivername="postgresql").render_as_string(hide_password=True))
+        shown = url.difference_update_query(list(url.query)).set(drivername="postgresql")
+        self.name = str(self.folder or shown.render_as_string(hide_password=True))
         self._is_sqlite = self.folder is not None
         self._engine = _engine(url)
 
@@ -100,6 +102,8 @@ class Database:
     def reading(self) -> Iterator[Connection]:
         """A transaction that sees one state of the registry; raises StorageError."""
         with self._reporting(), self._engine.begin() as connection:
+            if not self._is_sqlite:
+                connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
             yield connection
 
     @contextmanager
@@ -113,6 +117,8 @@ class Database:
     def _transaction(self) -> Iterator[Connection]:
         with self._reporting(), self._engine.execution_options(writes=True).begin() as connection:
             if not self._is_sqlite:
+                # Whatever the database's default is: who has waited for the lock must see what was done meanwhile.
+                connection.execute(text("SET TRANSACTION ISOLATION LEVEL READ COMMITTED READ WRITE"))
                 connection.execute(text(f"SET LOCAL lock_timeout = '{_WAIT_S}s'"))
             yield connection
 
@@ -135,7 +141,8 @@ class Database:
             yield
         except SQLAlchemyError as error:
             said = str(getattr(error, "orig", None) or error).strip().splitlines()
-            raise StorageError(f"the registry in {self.name}: {said[0] if said else type(error).__name__}") from None
+            first = without_secrets(said[0]) if said else type(error).__name__
+            raise StorageError(f"the registry in {self.name}: {first}") from None
 
 
 def _postgres(location: str) -> URL:

@@ -13,9 +13,19 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
 from propolis.secure.errors import UsageError
 from propolis.server.at_rest import RegistryKey
 from propolis.server.registry_authentic import code_of_version
-from propolis.server.registry_records import Artifact, Evaluation, Lineage, Released, Version, finite, require_alias
+from propolis.server.registry_records import (
+    Artifact,
+    Evaluation,
+    Lineage,
+    Released,
+    Version,
+    finite,
+    is_name,
+    require_alias,
+)
 from propolis.server.registry_tables import alias_changes, artifacts, evaluations, releases, tags, versions
 
+_LARGEST_VERSION, _LONGEST_NUMBER = 2**31 - 1, 10  # of a database's integers
 _LINEAGE = tuple(each.name for each in fields(Lineage))
 
 
@@ -50,18 +60,26 @@ def records_of(connection: Connection, *wanted: ColumnElement[bool]) -> list[Ver
 
 def row_of(connection: Connection, model: str, wanted: int | str, where: str) -> Row[Any]:
     """The row of one version, by its number or an alias; raises UsageError, which says that it is not in `where`."""
-    number = int(wanted) if str(wanted).isdecimal() else Aliases(connection, model).at(str(wanted))
+    number = _number(connection, model, str(wanted))
     row = connection.execute(
         select(versions).where(versions.c.model == model, versions.c.version == number)
     ).one_or_none()
     if row is not None:
         return row
+    wanted = str(wanted)[:80].encode(errors="replace").decode()
     known = connection.scalars(
         select(versions.c.version).where(versions.c.model == model).order_by(versions.c.version)
     ).all()
     if not known:
         raise UsageError(f"there is no model '{model}' in {where}")
     raise UsageError(f"{model} has no version or alias '{wanted}': its versions are {_spans(known)}")
+
+
+def _number(connection: Connection, model: str, wanted: str) -> int | None:
+    """The version that a number or an alias names, as far as a database can be asked for it."""
+    if wanted.isdecimal():
+        return int(wanted) if len(wanted) <= _LONGEST_NUMBER and int(wanted) <= _LARGEST_VERSION else None
+    return Aliases(connection, model).at(wanted) if is_name(wanted) else None
 
 
 def registered_before(connection: Connection, model: str, digest: bytes, lineage: Lineage) -> int | None:
@@ -126,7 +144,7 @@ class Aliases:
 
     def set_back(self, alias: str) -> int:
         """Set an alias to the version that it was at before, and return that; raises UsageError without one."""
-        current = self._current(alias)
+        current = self._current(require_alias(alias))
         if current is None:
             raise UsageError(f"{self._model} has no alias '{alias}'")
         if current.before is None:

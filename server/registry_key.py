@@ -8,7 +8,7 @@ from pathlib import Path
 from propolis.link.keys import read_private
 from propolis.secure.errors import UsageError
 from propolis.server.at_rest import KEY_BYTES, RegistryKey
-from propolis.storage import write_atomically
+from propolis.storage import write_once
 
 KEY_VARIABLE = "PROPOLIS_REGISTRY_KEY"
 KEY_FILE_VARIABLE = "PROPOLIS_REGISTRY_KEY_FILE"
@@ -57,7 +57,7 @@ def load_or_make_key(folder: Path | None) -> RegistryKey:
     """
     path = key_file_of(folder)
     if KEY_VARIABLE not in os.environ and path is not None and not path.exists():
-        write_atomically(path, os.urandom(KEY_BYTES).hex().encode() + b"\n", mode=0o600)
+        write_once(path, os.urandom(KEY_BYTES).hex().encode() + b"\n", mode=0o600)  # of two at once the first
     return load_key(folder)
 
 

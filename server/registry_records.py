@@ -134,9 +134,14 @@ class Version:
         return f"{self.model} {self.version}"
 
 
+def is_name(text: str) -> bool:
+    """Whether it may be the name of a model, an alias or a tag."""
+    return _NAME.fullmatch(text) is not None
+
+
 def require_name(name: str, what: str = "model") -> str:
     """The name again; raises UsageError unless it has 1 to 64 letters, digits, dots, dashes and underscores."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise UsageError(
             f"{what} {name[:80]!r}: expected at most 64 letters, digits, dots, dashes and underscores, "
             "the first a letter or a digit"
@@ -155,7 +160,7 @@ def require_tags(tags: Mapping[str, str]) -> Mapping[str, str]:
     """The tags again; raises UsageError when a key is no name, or a value is too long."""
     for key, value in tags.items():
         require_name(key, "tag")
-        if len(value) > _LONGEST_VALUE or "\0" in value:
+        if len(value) > _LONGEST_VALUE or "\0" in value or value != value.encode(errors="replace").decode():
             raise UsageError(f"tag '{key}': expected a text of at most {_LONGEST_VALUE} characters")
     return tags
 

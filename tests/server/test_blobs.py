@@ -9,7 +9,8 @@ import fsspec
 import pytest
 
 from propolis.secure.errors import StorageError, UsageError
-from propolis.server.blobs import Blobs, is_temporary
+from propolis.server.blobs import Blobs, is_temporary, place_of
+from propolis.server.urls import without_secrets
 
 NAME, OTHER = "a" * 64, "b" * 64
 
@@ -97,3 +98,31 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
 def test_a_store_without_a_driver_is_said(url: str) -> None:
     with pytest.raises(UsageError, match=f"blobs cannot be kept at {url}"):
         Blobs(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:se/s3cret@bucket/x",
+        "ftp://user:s3cret@127.0.0.1:9/x",
+        "simplecache::http://user:s3cret@127.0.0.1:9/x",
+        "http://127.0.0.1:9/x?token=s3cret",
+    ],
+)
+def test_credentials_are_refused_and_in_no_error(url: str) -> None:
+    with pytest.raises(UsageError, match="leave out name, password and query") as caught:
+        place_of(url)
+    assert "s3cret" not in str(caught.value)
+    with pytest.raises((UsageError, StorageError)) as caught:  # of a registry that was made before
+        Blobs(url).has("a" * 64)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_reached_is_said() -> None:
+    with pytest.raises(StorageError, match=r"blobs cannot be kept at ftp://127.0.0.1:9/x: .*refused"):
+        place_of("ftp://127.0.0.1:9/x")
+
+
+def test_what_is_no_secret_is_shown() -> None:
+    for url in ("s3://bucket/a", "http://host:9000/a", "sftp://user@host/a", "abfs://container@account/a", "/a:b@c"):
+        assert without_secrets(url) == url

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from conftest import Command
 from registries import KEY, content, model_file
 
 from propolis.secure.errors import UsageError
+from propolis.server import registration
 from propolis.server.evaluation import evaluate_version
 from propolis.server.job import RunOptions
 from propolis.server.mlflow_export import export_to_mlflow
@@ -196,6 +198,19 @@ def test_a_run_that_replaces_another_is_another_version(tmp_path: Path) -> None:
         simulate(settings, RunOptions(tmp_path / "run", force=True, registration=registration))["registered"]["version"]
         == 2
     )
+
+
+def test_a_run_that_is_registered_twice_at_once_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, other = secrets.token_hex, list[str]()
+
+    def after_somebody_else(count: int) -> str:
+        monkeypatch.setattr(secrets, "token_hex", drawn)
+        other.append(registration._identity_of(tmp_path, None)["run_id"])
+        return drawn(count)
+
+    monkeypatch.setattr(secrets, "token_hex", after_somebody_else)
+    assert [registration._identity_of(tmp_path, None)["run_id"]] == other
+    assert registration._identity_of(tmp_path, None)["run_id"] == other[0]
 
 
 def test_a_run_that_was_interrupted_is_not_registered_later(tmp_path: Path) -> None:

@@ -8,13 +8,17 @@ import time
 from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from registries import content, in_processes, model_file, the_blobs
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, event, make_url, text
 
 from propolis.secure.errors import StorageError, UsageError
+from propolis.server.at_rest import RegistryKey
 from propolis.server.registry import Registry
+from propolis.server.registry_history import records_of
+from propolis.server.registry_key import load_or_make_key
 from propolis.server.registry_records import Lineage
 from propolis.storage import locked
 
@@ -265,6 +269,77 @@ def test_sweeping_while_others_register_removes_nothing_that_is_needed(location:
         registry.verify(version)
 
 
+def test_a_sweep_that_waits_for_a_registration_sees_it_whatever_the_databases_default_is(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(location)
+    if "://" in location:
+        database = make_url(location).database
+        engine = create_engine(make_url(location).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            level = "SET default_transaction_isolation = 'repeatable read'"
+            connection.execute(text(f"ALTER DATABASE {database} {level}"))
+        engine.dispose()
+    sweeping = threading.Thread(target=lambda: Registry(location).sweep(grace=0))
+    add = Registry._add
+
+    def while_a_sweep_waits(self: Registry, *arguments: Any) -> int:
+        sweeping.start()
+        time.sleep(2)  # it has begun its transaction, and waits for this one's lock
+        return add(self, *arguments)
+
+    monkeypatch.setattr(Registry, "_add", while_a_sweep_waits)
+    version = registry.register("digits", model_file(tmp_path))
+    sweeping.join()
+    registry.verify(version)
+
+
+def test_who_reads_sees_one_state_and_cannot_write(location: str, tmp_path: Path) -> None:
+    registry = Registry(location)
+    with registry._database.reading() as connection:
+        assert records_of(connection) == []
+        Registry(location).register("digits", model_file(tmp_path))
+        assert records_of(connection) == []
+    if "://" in location:
+        with pytest.raises(StorageError, match="read-only transaction"), registry._database.reading() as connection:
+            connection.execute(text("DELETE FROM propolis_tag"))
+
+
+@pytest.mark.parametrize("wanted", ["9" * 10, "9" * 20, "9" * 5000, str(2**31), "\udcff", "x" * 100])
+def test_a_version_that_no_database_can_be_asked_for_is_one_line(location: str, tmp_path: Path, wanted: str) -> None:
+    registry, file = Registry(location), model_file(tmp_path)
+    registry.register("digits", file)
+    with pytest.raises(UsageError, match="digits has no version or alias '") as caught:
+        registry.version("digits", wanted)
+    assert len(str(caught.value).encode()) < 200
+    if len(wanted) == 20:
+        with pytest.raises(UsageError, match="digits has no version or alias"):
+            registry.register("digits", file, Lineage(parent=int(wanted)))
+    if not wanted.isdecimal():
+        with pytest.raises(UsageError, match="expected at most 64"):
+            registry.rollback("digits", wanted)
+        with pytest.raises(UsageError, match="expected a text"):
+            registry.tag("digits", 1, {"key": f"{wanted}\udcff"})
+        registry.tag("digits", 1, {}, [wanted])
+
+
+def test_two_that_make_a_registry_with_one_key_file_use_one_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROPOLIS_REGISTRY_KEY_FILE", str(tmp_path / "key"))
+    drawn = os.urandom
+
+    def after_somebody_else(count: int) -> bytes:
+        monkeypatch.setattr(os, "urandom", drawn)
+        others.append(load_or_make_key(None))
+        return drawn(count)
+
+    others = list[RegistryKey]()
+    monkeypatch.setattr(os, "urandom", after_somebody_else)
+    mine = load_or_make_key(None)
+    assert [mine] == others == [load_or_make_key(None)]
+
+
 def test_a_file_that_changes_meanwhile_is_not_registered(location: str, tmp_path: Path) -> None:
     registry, file = Registry(location), model_file(tmp_path)
     whole = file.read_bytes()
@@ -371,6 +446,10 @@ def test_a_database_that_cannot_be_reached_is_one_line_without_the_password() ->
     with pytest.raises(StorageError, match=r"postgresql://me:\*\*\*@127\.0\.0\.1:1/models: ") as caught:
         Registry("postgresql://me:sesame@127.0.0.1:1/models")
     assert "sesame" not in str(caught.value)
+    for query in ("password", "sslpassword", "nonsense"):
+        with pytest.raises(StorageError) as caught:
+            Registry(f"postgresql://me@127.0.0.1:1/models?{query}=sesame")
+        assert "sesame" not in str(caught.value)
     with pytest.raises(UsageError, match="a folder or a URL of PostgreSQL"):
         Registry("mysql://me:sesame@127.0.0.1/models")
 
