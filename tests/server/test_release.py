@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -230,6 +231,26 @@ def test_publishers_at_once_with_one_name_write_one_package(home: Home, location
     assert home.registry.next_sequence("digits") == (2, 1)
     assert home.install(0, "one").sequence == 1
     assert not list(home.folder.glob(".*"))
+
+
+def test_a_publisher_waits_for_another_one_and_takes_no_number_when_that_is_done(small: Home) -> None:
+    failures = list[UsageError]()
+
+    def publish() -> None:
+        with pytest.raises(UsageError) as caught:
+            small.publish(1, "one")
+        failures.append(caught.value)
+
+    second = Thread(target=publish)
+    with release._beside(small.folder / "one"):
+        second.start()
+        second.join(1)
+        assert second.is_alive()
+        (small.folder / "one").write_bytes(b"of the first")
+    second.join()
+    assert "one exists: a release is never changed" in str(failures[0])
+    assert small.registry.next_sequence("digits") == (1, 0)
+    assert not list(small.folder.glob(".*"))
 
 
 def test_a_package_that_comes_in_between_is_not_replaced(small: Home, monkeypatch: pytest.MonkeyPatch) -> None:
