@@ -217,6 +217,23 @@ def test_an_expired_release_is_not_offered_and_not_taken(site: Site, monkeypatch
         fails_with(site, "expired", fetched=False)
 
 
+def test_a_release_whose_time_is_over_is_not_offered(site: Site) -> None:
+    rollout = site.release(1, created=int(time.time()) - 10, expires=int(time.time()) + 1)
+    with site.serving(), site.stub() as stub:
+        time.sleep(2.1)
+        assert not stub.Look(message_of(LookRequest((), ()))).offers
+        assert code_of(lambda: stub.Open(message_of(OpenRequest(rollout.release)))) is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_device_that_a_rollout_has_not_reached_is_given_nothing_of_it(site: Site) -> None:
+    """Also where it has heard of the release from another device."""
+    rollout = site.release(1, percent=0)
+    with site.serving(), site.stub() as stub:
+        for asked in (OpenRequest(rollout.release), FetchRequest(rollout.release, 0)):
+            method = stub.Open if isinstance(asked, OpenRequest) else lambda message: list(stub.Fetch(message))
+            assert code_of(lambda a=asked, m=method: m(message_of(a))) is grpc.StatusCode.NOT_FOUND  # type: ignore[misc]
+
+
 def test_what_a_revoked_release_key_signed_is_not_offered(site: Site) -> None:
     rollout = site.release(1)
     with site.serving(), site.stub() as stub:
