@@ -24,6 +24,7 @@ DirFlag = Annotated[Path, typer.Option("--dir", metavar="DIR", help="The device'
 PassphraseFlag = Annotated[
     Path | None, typer.Option("--passphrase-file", help="File with the passphrase of the device's keys.")
 ]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 _REFRESH_S = 2.0
 
 
@@ -37,6 +38,7 @@ def install_command(
     ] = False,
     largest: Annotated[int, typer.Option("--largest-model", help="Largest model to take, in MiB.", min=1)] = 1024,
     passphrase_file: PassphraseFlag = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Install a model from a file, as if it had come over the link."""
     from propolis.client.infer import Choice, probe_of_this_device
@@ -50,6 +52,10 @@ def install_command(
     probe = probe_of_this_device(tell=tried.append)
     installer = Installer(folder, device, probe, largest=largest * 2**20)
     manifest = installer.install(package, read_key(key, device.index), time.time(), name=name, store_plain=store_plain)
+    if as_json:
+        trial = {"tried": tried[0].file, "difference": tried[0].difference} if tried else {"tried": None}
+        typer.echo(json.dumps({"name": manifest.name, "sequence": manifest.sequence, **trial}))
+        return
     without = "not tried" if probe is None else "nothing in it to try"
     how = f"tried: {tried[0].kind.name.lower()}, differs by {tried[0].difference:g}" if tried else without
     typer.echo(f"installed: release {manifest.sequence} of {manifest.name}; {how}")
@@ -57,7 +63,7 @@ def install_command(
 
 def installed_command(
     folder: DirFlag,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """List the models that are installed."""
     from propolis.client.slots import records
@@ -174,7 +180,7 @@ def predict_command(
         Path | None,
         typer.Option("--passphrase-file", help="With --dir: file with the passphrase of the device's keys."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Compute a model's outputs for the inputs in a file: of an ONNX file, or of a device's installed model."""
     from propolis.serving.model import load_model_file

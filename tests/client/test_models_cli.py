@@ -242,5 +242,8 @@ def test_install_says_what_was_tried(publisher: Publisher, propolis: Command) ->
 
     assert said(1, release(1.0)) == "installed: release 1 of digits; tried: int8, differs by 0\n"
     assert said(2, release(2.0, int8=9.0)) == "installed: release 2 of digits; tried: onnx, differs by 0\n"
-    refused = said(3, release(3.0, int8=9.0, runs_as=4.0))
+    package = publisher.seal(3, release(3.0))
+    done = propolis("client", "install", package, f"{package}.keys", "--dir", "device-0", "--json")
+    assert json.loads(done.stdout) == {"name": "digits", "sequence": 3, "tried": INT8, "difference": 0.0}
+    refused = said(4, release(3.0, int8=9.0, runs_as=4.0))
     assert refused == "propolis: outputs on the golden batch differ by 0.875, 0.001 at most\n"
