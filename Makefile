@@ -31,6 +31,7 @@ bench: $(VENV)/.dev ## Run the benchmarks (most of an hour).
 	$(BIN)/propolis bench link
 	$(BIN)/propolis bench edge
 	$(BIN)/propolis bench delivery
+	$(BIN)/propolis bench he
 
 fuzz: $(VENV)/.dev ## Feed 100,000 random and mutated messages of each type to both roles (minutes).
 	PROPOLIS_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/attacks/test_fuzz.py

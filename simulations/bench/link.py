@@ -35,15 +35,15 @@ PARTS: Mapping[str, tuple[str, Part]] = {
 }
 
 
-def parts_named(names: Sequence[str]) -> dict[str, tuple[str, Part]]:
-    """The parts of these names; all of them for none.
+def parts_named(names: Sequence[str], parts: Mapping[str, tuple[str, Part]] = PARTS) -> dict[str, tuple[str, Part]]:
+    """The parts of these names, in their own order; all of them for none.
 
     Raises:
         UsageError: there is no such part.
     """
-    if unknown := sorted(set(names) - PARTS.keys()):
-        raise UsageError(f"--part: expected {', '.join(PARTS)}; got '{unknown[0]}'")
-    return {name: part for name, part in PARTS.items() if name in names or not names}
+    if unknown := sorted(set(names) - parts.keys()):
+        raise UsageError(f"--part: expected {', '.join(parts)}; got '{unknown[0]}'")
+    return {name: part for name, part in parts.items() if name in names or not names}
 
 
 def run_benchmark(

@@ -331,6 +331,21 @@ def bench_delivery(
     run_benchmark(out or Path("runs") / "bench-delivery.json", as_json, parts(Effort()), PACKAGES)
 
 
+@bench_app.command("he")
+def bench_he(
+    as_json: JsonFlag = False,
+    out: Annotated[Path | None, typer.Option("--out", help="File for the figures as JSON.")] = None,
+    chosen: Annotated[
+        list[str] | None, typer.Option("--part", help="Only this: costs, noise or memory; may be repeated.")
+    ] = None,
+) -> None:
+    """Homomorphic encryption beside CKKS, its noise, and the server's memory (some minutes)."""
+    from propolis.simulations.bench.he import PACKAGES, Effort, parts
+    from propolis.simulations.bench.link import parts_named, run_benchmark
+
+    run_benchmark(out or Path("runs") / "bench-he.json", as_json, parts_named(chosen or (), parts(Effort())), PACKAGES)
+
+
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
     try:
