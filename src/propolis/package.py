@@ -9,7 +9,6 @@ one key     `WrappedKey` of protos/model.proto, which is also what travels to a 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from struct import Struct
 from typing import BinaryIO, Self
 
 from propolis.protos import model_pb2 as pb
+from propolis.records import find_record, open_file, read_bytes, record_of
 from propolis.secure.content import WRAPPED_BYTES, WrappedKey, checked_chunks, require_chunk_digests
 from propolis.secure.envelope import SEALED_CHUNK_BYTES, chunk_count
-from propolis.secure.errors import PeerError, Refusal, TrustError, UsageError
+from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.identity import DIGEST_BYTES, Signed
 from propolis.secure.kem import Kem
 from propolis.secure.manifest import LARGEST_PLAINTEXT, Manifest, Release
@@ -30,7 +30,7 @@ from propolis.storage import write_atomically
 
 _MAGIC, _KEYS_MAGIC = b"propolis package\x01", b"propolis keys"
 _LENGTH = Struct(">I")
-_RECORDS = {kem: Struct(f">I{size}s") for kem, size in WRAPPED_BYTES.items()}
+_RECORDS = {kem: record_of(size) for kem, size in WRAPPED_BYTES.items()}
 _KEYS_HEAD = len(_KEYS_MAGIC) + 1 + DIGEST_BYTES
 # The digests of the chunks of the largest content, and room for the two signed statements.
 _LARGEST_HEADER = DIGEST_BYTES * chunk_count(LARGEST_PLAINTEXT) + 2**18
@@ -71,12 +71,12 @@ class Package:
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file = file
-        if _read(file, len(_MAGIC)) != _MAGIC:
+        if read_bytes(file, len(_MAGIC)) != _MAGIC:
             raise PeerError(Refusal.MALFORMED, f"{name} is no package of this version of Propolis")
-        length = int.from_bytes(_read(file, _LENGTH.size), "big")
+        length = int.from_bytes(read_bytes(file, _LENGTH.size), "big")
         if length > _LARGEST_HEADER:
             raise PeerError(Refusal.MALFORMED, f"the header of {name} has {length} bytes, {_LARGEST_HEADER} at most")
-        self.header = decode(Header, _read(file, length), pb.Header, _LARGEST_HEADER)
+        self.header = decode(Header, read_bytes(file, length), pb.Header, _LARGEST_HEADER)
         self._begin = file.tell()
 
     @property
@@ -100,7 +100,7 @@ class Package:
     def chunks(self) -> Iterator[bytes]:
         """The ciphertext, chunk by chunk, each checked against its digest; raises TrustError."""
         self._file.seek(self._begin)
-        return checked_chunks(iter(lambda: _read(self._file, SEALED_CHUNK_BYTES), b""), self.header.chunk_digests)
+        return checked_chunks(iter(lambda: read_bytes(self._file, SEALED_CHUNK_BYTES), b""), self.header.chunk_digests)
 
     def parts(self) -> Iterator[bytes]:
         """The whole file in parts, to copy it: what is not what it was when it was checked raises TrustError."""
@@ -111,7 +111,7 @@ class Package:
     @contextmanager
     def open(cls, path: Path, *, follow: bool = True) -> Iterator[Self]:
         """Open a package; raises UsageError when it cannot be read, and as the constructor does."""
-        with _opened(path, follow) as file:
+        with open_file(path, follow=follow) as file:
             yield cls(file, path.name)
 
 
@@ -138,13 +138,13 @@ def read_key(path: Path, index: int, *, follow: bool = True) -> WrappedKey:
         UsageError: it cannot be read.
         PeerError: it is no such file, or has no key for this device.
     """
-    with _opened(path, follow) as file:
-        begin = _read(file, _KEYS_HEAD)
+    with open_file(path, follow=follow) as file:
+        begin = read_bytes(file, _KEYS_HEAD)
         if begin.startswith(_KEYS_MAGIC) and len(begin) == _KEYS_HEAD:
-            sealed = _find(file, _record_in(begin, path.name), index)
+            sealed = find_record(file, _KEYS_HEAD, _record_in(begin, path.name), index)
             key = None if sealed is None else WrappedKey(begin[-DIGEST_BYTES:], index, sealed)
         else:
-            key = decode(WrappedKey, begin + _read(file, _LARGEST_KEY), pb.WrappedKey, _LARGEST_KEY)
+            key = decode(WrappedKey, begin + read_bytes(file, _LARGEST_KEY), pb.WrappedKey, _LARGEST_KEY)
     if key is None or key.index != index:
         raise PeerError(Refusal.PACKAGE, f"{path.name} has no key for device {index}: the package is not for it")
     return key
@@ -152,8 +152,8 @@ def read_key(path: Path, index: int, *, follow: bool = True) -> WrappedKey:
 
 def manifest_of_keys(path: Path) -> bytes:
     """Digest of the manifest that the keys in a file are for; raises UsageError, or PeerError where it is none."""
-    with _opened(path, follow=True) as file:
-        begin = _read(file, _KEYS_HEAD)
+    with open_file(path) as file:
+        begin = read_bytes(file, _KEYS_HEAD)
     if not begin.startswith(_KEYS_MAGIC) or len(begin) != _KEYS_HEAD:
         raise PeerError(Refusal.MALFORMED, f"{path.name} has no keys of a package")
     return begin[-DIGEST_BYTES:]
@@ -165,41 +165,3 @@ def _record_in(begin: bytes, name: str) -> Struct:
     if kem not in set(Kem):
         raise PeerError(Refusal.MALFORMED, f"{name} has keys of a kind ({kem}) that this version does not know")
     return _RECORDS[Kem(kem)]
-
-
-def _find(file: BinaryIO, record: Struct, index: int) -> bytes | None:
-    """Binary search: a few reads, however many devices there are."""
-    low, high = 0, (os.fstat(file.fileno()).st_size - _KEYS_HEAD) // record.size
-    while low < high:
-        middle = (low + high) // 2
-        file.seek(_KEYS_HEAD + middle * record.size)
-        found, sealed = record.unpack(_read(file, record.size))
-        if found == index:
-            return bytes(sealed)
-        low, high = (middle + 1, high) if found < index else (low, middle)
-    return None
-
-
-@contextmanager
-def _opened(path: Path, follow: bool) -> Iterator[BinaryIO]:
-    """A file that is one; raises UsageError."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)  # a pipe does not block
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UsageError(f"cannot read {path}: it is no file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            yield file
-    finally:
-        os.close(descriptor)
-
-
-def _read(file: BinaryIO, size: int) -> bytes:
-    """Bytes of a file, fewer at its end; raises UsageError where the disk does not give them."""
-    try:
-        return file.read(size)
-    except OSError as error:
-        raise UsageError(f"cannot read a package or its key: {error.strerror}") from None
