@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from propolis.client.config import ClientConfig
+from propolis.client.he_cli import he_key_command
 from propolis.client.models_cli import install_command, installed_command, serve_command
 from propolis.secure.errors import UsageError
 
 client_app = typer.Typer(help="A device of a federation.", no_args_is_help=True)
+client_app.command("he-key")(he_key_command)
 client_app.command("install")(install_command)
 client_app.command("installed")(installed_command)
 client_app.command("serve")(serve_command)

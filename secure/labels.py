@@ -56,6 +56,7 @@ HE_STATEMENT = b"propolis/1 he key statement"
 HE_SEALED = b"propolis/1 he sealed key"
 HE_COEFFICIENTS = b"propolis/1 he tag coefficients"
 HE_OFFSETS = b"propolis/1 he tag offsets"
+HE_HELD = b"propolis/1 he held key"
 
 
 def digest(label: bytes, *parts: bytes | memoryview) -> bytes:

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from propolis.server.he_cli import he_holder_command, he_key_command, revoke_he_holder_command
+
 if TYPE_CHECKING:
     from propolis.server.federation import Federation
 
 federation_app = typer.Typer(help="Who belongs to a federation: its root, its devices.", no_args_is_help=True)
+federation_app.command("he-holder")(he_holder_command)
+federation_app.command("revoke-he-holder")(revoke_he_holder_command)
+federation_app.command("he-key")(he_key_command)
 
 HOUR_S, DAY_S = 3600, 24 * 3600
 

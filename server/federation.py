@@ -23,6 +23,7 @@ from propolis.link.keys import load_signing_key, read_private
 from propolis.link.token import Token
 from propolis.protos import identity_pb2 as pb
 from propolis.secure.errors import UsageError
+from propolis.secure.he.keys import delegate_holder
 from propolis.secure.identity import Root, Roster, RosterEntry, Signed, descriptor_digest
 from propolis.secure.release import delegate
 from propolis.secure.wire import encode
@@ -31,7 +32,7 @@ from propolis.server.membership import ENROLLED_FOLDER, read_enrolled
 from propolis.server.roster import ROOT_FILE, load_root, load_roster_of, replace_roster
 from propolis.storage import locked, remove_stale, write_atomically
 
-LOCK_FILE, RELEASES_FOLDER = "federation.lock", "releases"
+LOCK_FILE, RELEASES_FOLDER, HOLDERS_FOLDER = "federation.lock", "releases", "he-holders"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +136,22 @@ class Federation:
             UsageError: a name is none of a model.
         """
         with self._changing() as root:
-            serial = max((*self._serials(), *self.roster.revoked_releases), default=0) + 1
+            serial = self._next_serial()
             signed = delegate(root, serial, public_key, now, lifetime_s, models)
-            folder = self._home / RELEASES_FOLDER
-            folder.mkdir(mode=0o700, exist_ok=True)
-            write_atomically(folder / str(serial), encode(signed, pb.Signed))
-            return signed
+            return self._keep_delegation(RELEASES_FOLDER, serial, signed)
+
+    def delegate_key_holder(self, public_key: bytes, lifetime_s: int, now: float) -> Signed:
+        """Let a key holder make keys of homomorphic encryption, and keep what was said.
+
+        Args:
+            public_key: of the holder, Ed25519, 32 bytes.
+            lifetime_s: how long its keys are believed, in seconds.
+            now: seconds since 1970.
+        """
+        with self._changing() as root:
+            serial = self._next_serial()
+            signed = delegate_holder(root, serial, public_key, now, lifetime_s)
+            return self._keep_delegation(HOLDERS_FOLDER, serial, signed)
 
     def revoke_release_key(self, serial: int) -> bool:
         """Let devices refuse all that a release key signed; False when they do already.
@@ -148,24 +159,45 @@ class Federation:
         Raises:
             UsageError: this folder knows no such key.
         """
-        with self._changing() as root:
-            roster = self.roster
-            if serial in roster.revoked_releases:
-                return False
-            if serial not in self._serials():
-                raise UsageError(f"there is no release key {serial} in {self._home / RELEASES_FOLDER}")
-            replace_roster(self.server, root.sign_roster(roster.revoking_release(serial)))
-            return True
+        return self._revoke_delegation(RELEASES_FOLDER, serial, "release key")
+
+    def revoke_key_holder(self, serial: int) -> bool:
+        """Let devices refuse all keys that a holder made; False when they do already.
+
+        Raises:
+            UsageError: this folder knows no such holder.
+        """
+        return self._revoke_delegation(HOLDERS_FOLDER, serial, "key holder")
 
     def members(self, now: float) -> list[Member]:
         """All the places; `now` is in seconds since 1970."""
         roster = self.roster
         return [self._member(index, entry, roster.federation, now) for index, entry in enumerate(roster.entries)]
 
-    def _serials(self) -> list[int]:
-        """Of the release keys that this folder knows."""
-        folder = self._home / RELEASES_FOLDER
+    def _next_serial(self) -> int:
+        """One that no release key and no key holder has: a roster revokes both by it."""
+        known = (serial for folder in (RELEASES_FOLDER, HOLDERS_FOLDER) for serial in self._serials(folder))
+        return max((*known, *self.roster.revoked_releases), default=0) + 1
+
+    def _serials(self, name: str) -> list[int]:
+        """Of those whom this folder knows to be delegated to."""
+        folder = self._home / name
         return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+
+    def _keep_delegation(self, name: str, serial: int, signed: Signed) -> Signed:
+        folder = self._home / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(folder / str(serial), encode(signed, pb.Signed))
+        return signed
+
+    def _revoke_delegation(self, name: str, serial: int, what: str) -> bool:
+        with self._changing() as root:
+            if serial not in self._serials(name) and serial not in self.roster.revoked_releases:
+                raise UsageError(f"there is no {what} {serial} in {self._home / name}")
+            if serial in self.roster.revoked_releases:
+                return False
+            replace_roster(self.server, root.sign_roster(self.roster.revoking_release(serial)))
+            return True
 
     def _member(self, index: int, entry: RosterEntry, federation: bytes, now: float) -> Member:
         if entry.revoked:

@@ -34,6 +34,7 @@ from propolis.secure.wire import between, decode_exactly, encode, sized, version
 # Of the largest degree, at the bits that security allows: two polynomials, and one.
 _LARGEST_PUBLIC_KEY, _LARGEST_SECRET = 2**19, 2**18
 LARGEST_MATERIAL = _LARGEST_PUBLIC_KEY + 2**10
+LARGEST_SEALED = OVERHEAD_BYTES + MAC_KEY_BYTES + _LARGEST_SECRET
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class SealedKey:
 
     key_id: bytes = sized(DIGEST_BYTES)
     index: int = between(0, LARGEST_INDEX)
-    sealed: bytes = sized(OVERHEAD_BYTES + MAC_KEY_BYTES, OVERHEAD_BYTES + MAC_KEY_BYTES + _LARGEST_SECRET)
+    sealed: bytes = sized(OVERHEAD_BYTES + MAC_KEY_BYTES, LARGEST_SEALED)
     version: int = version_field()
 
 

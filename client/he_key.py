@@ -1,0 +1,166 @@
+"""A device's part of a key of homomorphic encryption: opened from files, checked, and kept in the device's folder.
+
+he.key          `KeptKey` of protos/he_key.proto, sealed for this device as it came; under the passphrase of the device
+                where it has one
+
+It is checked again whenever it is loaded, against the newest roster that the device has seen: a holder may have been
+revoked meanwhile, or its time be over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from propolis.client.keyholder import Keyholder
+from propolis.client.seal import Seal, is_sealed
+from propolis.client.state import LOCK_FILE
+from propolis.protos import he_key_pb2, he_pb2
+from propolis.records import open_file, read_bytes
+from propolis.secure.errors import PropolisError, Refusal, StorageError, TrustError, UsageError
+from propolis.secure.he.keys import LARGEST_SEALED, Holder, PublicKey, Secret, open_key
+from propolis.secure.he.published import LARGEST_PUBLISHED, Published, accept_key
+from propolis.secure.release import LARGEST_NUMBER
+from propolis.secure.wire import between, decode, encode, sized, version_field
+from propolis.storage import locked, remove_stale, write_atomically
+
+HE_KEY_FILE = "he.key"
+_LARGEST_SEALED = LARGEST_SEALED + 2**10
+_LARGEST_FILE = LARGEST_PUBLISHED + _LARGEST_SEALED + 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class KeptKey:
+    """What a device keeps of a key.
+
+    Attributes:
+        published: what the server handed out.
+        number: of the key.
+        sealed: for this device, from `propolis.secure.he.keys.seal_key`.
+    """
+
+    published: Published
+    number: int = between(1, LARGEST_NUMBER)
+    sealed: bytes = sized(1, _LARGEST_SEALED)
+    version: int = version_field()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class OpenedKey:
+    """A key that a device may use.
+
+    Attributes:
+        public: its public part.
+        secret: its secret part.
+        number: higher than that of any key before.
+    """
+
+    public: PublicKey
+    secret: Secret
+    number: int
+
+
+def read_published(path: Path) -> Published:
+    """The public part of a key from a file, which proves nothing yet; raises UsageError, or PeerError if it is none."""
+    with open_file(path) as file:
+        return Published.from_bytes(read_bytes(file, LARGEST_PUBLISHED + 1))
+
+
+def open_for(device: Keyholder, published: Published, sealed: bytes, now: float) -> OpenedKey:
+    """Believe a key, and open this device's part of it.
+
+    Args:
+        device: as it is now, with the newest roster that it has seen.
+        published: the key's public part.
+        sealed: the device's part, from `propolis.he_files.read_sealed_key`.
+        now: seconds since 1970.
+
+    Raises:
+        TrustError: nobody whom the root lets make keys has made it, it is another key, or another device's part.
+        PeerError: something is malformed.
+    """
+    accepted = accept_key(published, device.trust, now)
+    secret = open_key(sealed, accepted.key, device.descriptor, device.hpke_private)
+    return OpenedKey(accepted.key, secret, accepted.number)
+
+
+def install_he_key(
+    folder: Path, device: Keyholder, published: Published, sealed: bytes, now: float, seal: Seal | None = None
+) -> OpenedKey:
+    """Keep a key in the device's folder, in place of an older one; the same one again changes nothing.
+
+    A key whose number is lower than that of the last one is refused, for a device that has been revoked since may have
+    it; what a holder said that is revoked now does not count.
+
+    Args:
+        folder: the device's.
+        device: see `open_for`.
+        published: see `open_for`.
+        sealed: see `open_for`.
+        now: see `open_for`.
+        seal: encrypts the file; None leaves it sealed to the key in the device's state.
+
+    Raises:
+        TrustError: as `open_for`, or the device has a newer key, or another one of this number.
+        PeerError: something is malformed.
+        StorageError: it could not be kept, or what is kept cannot be read.
+    """
+    opened = open_for(device, published, sealed, now)
+    path = folder / HE_KEY_FILE
+    with locked(folder / LOCK_FILE):
+        before = _read(path, seal)
+        if before is not None and _holder(before) not in device.trust.roster.roster.revoked_releases:
+            _require_newer(opened, published, before)
+        remove_stale(path)
+        content = encode(KeptKey(published, opened.number, sealed), he_key_pb2.KeptKey)
+        write_atomically(path, content if seal is None else seal.close(content), mode=0o600)
+    return opened
+
+
+def load_he_key(folder: Path, device: Keyholder, now: float, seal: Seal | None = None) -> OpenedKey | None:
+    """The key that a device has, checked as if it had just come; None where it has none.
+
+    Args:
+        folder: the device's.
+        device: see `open_for`.
+        now: seconds since 1970.
+        seal: of the device's passphrase.
+
+    Raises:
+        TrustError: the root no longer lets its holder make keys, or it is not this device's.
+        StorageError: the file cannot be read, is damaged, or under another passphrase.
+    """
+    kept = _read(folder / HE_KEY_FILE, seal)
+    return None if kept is None else open_for(device, kept.published, kept.sealed, now)
+
+
+def _require_newer(opened: OpenedKey, published: Published, before: KeptKey) -> None:
+    if opened.number < before.number:
+        raise TrustError(
+            Refusal.HE_KEY, f"this is key {opened.number}, and the device has {before.number}: an older one is refused"
+        )
+    if opened.number == before.number and published.material != before.published.material:
+        raise TrustError(Refusal.HE_KEY, f"the device has another key with this number, {before.number}")
+
+
+def _holder(kept: KeptKey) -> int:
+    """Serial of the holder of a key that was accepted once."""
+    return decode(Holder, kept.published.holder.payload, he_pb2.Holder).serial
+
+
+def _read(path: Path, seal: Seal | None) -> KeptKey | None:
+    if not path.exists():
+        return None
+    try:
+        with open_file(path, follow=False) as file:
+            data = read_bytes(file, _LARGEST_FILE)
+    except UsageError as error:
+        raise StorageError(str(error)) from None
+    if seal is not None:
+        data = seal.open(data)
+    elif is_sealed(data):
+        raise StorageError(f"{path} is encrypted: give its passphrase")
+    try:
+        return decode(KeptKey, data, he_key_pb2.KeptKey, _LARGEST_FILE)
+    except PropolisError:
+        raise StorageError(f"{path} is damaged: remove it, and install the key again") from None
