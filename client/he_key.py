@@ -18,10 +18,10 @@ from propolis.client.state import LOCK_FILE
 from propolis.protos import he_key_pb2, he_pb2
 from propolis.records import open_file, read_bytes
 from propolis.secure.errors import PropolisError, Refusal, StorageError, TrustError, UsageError
-from propolis.secure.he.keys import LARGEST_SEALED, Holder, PublicKey, Secret, open_key
+from propolis.secure.he.keys import LARGEST_MATERIAL, LARGEST_SEALED, Holder, PublicKey, Secret, Statement, open_key
 from propolis.secure.he.published import LARGEST_PUBLISHED, Published, accept_key
-from propolis.secure.release import LARGEST_NUMBER
-from propolis.secure.wire import between, decode, encode, sized, version_field
+from propolis.secure.identity import Signed
+from propolis.secure.wire import decode, encode, sized, version_field
 from propolis.storage import locked, remove_stale, write_atomically
 
 HE_KEY_FILE = "he.key"
@@ -34,15 +34,30 @@ class KeptKey:
     """What a device keeps of a key.
 
     Attributes:
-        published: what the server handed out.
-        number: of the key.
+        holder, statement, material: as in `Published`.
         sealed: for this device, from `propolis.secure.he.keys.seal_key`.
     """
 
-    published: Published
-    number: int = between(1, LARGEST_NUMBER)
+    holder: Signed
+    statement: Signed
+    material: bytes = sized(1, LARGEST_MATERIAL)
     sealed: bytes = sized(1, _LARGEST_SEALED)
     version: int = version_field()
+
+    @property
+    def published(self) -> Published:
+        """What the server handed out."""
+        return Published(self.holder, self.statement, self.material)
+
+    @property
+    def number(self) -> int:
+        """Of the key, which was verified before it was kept."""
+        return decode(Statement, self.statement.payload, he_pb2.Statement).number
+
+    @property
+    def serial(self) -> int:
+        """Of the holder, which was verified before it was kept."""
+        return decode(Holder, self.holder.payload, he_pb2.Holder).serial
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -109,10 +124,11 @@ def install_he_key(
     path = folder / HE_KEY_FILE
     with locked(folder / LOCK_FILE):
         before = _read(path, seal)
-        if before is not None and _holder(before) not in device.trust.roster.roster.revoked_releases:
+        if before is not None and before.serial not in device.trust.roster.roster.revoked_releases:
             _require_newer(opened, published, before)
         remove_stale(path)
-        content = encode(KeptKey(published, opened.number, sealed), he_key_pb2.KeptKey)
+        kept = KeptKey(published.holder, published.statement, published.material, sealed)
+        content = encode(kept, he_key_pb2.KeptKey)
         write_atomically(path, content if seal is None else seal.close(content), mode=0o600)
     return opened
 
@@ -139,13 +155,8 @@ def _require_newer(opened: OpenedKey, published: Published, before: KeptKey) -> 
         raise TrustError(
             Refusal.HE_KEY, f"this is key {opened.number}, and the device has {before.number}: an older one is refused"
         )
-    if opened.number == before.number and published.material != before.published.material:
+    if opened.number == before.number and published.material != before.material:
         raise TrustError(Refusal.HE_KEY, f"the device has another key with this number, {before.number}")
-
-
-def _holder(kept: KeptKey) -> int:
-    """Serial of the holder of a key that was accepted once."""
-    return decode(Holder, kept.published.holder.payload, he_pb2.Holder).serial
 
 
 def _read(path: Path, seal: Seal | None) -> KeptKey | None:
@@ -161,6 +172,8 @@ def _read(path: Path, seal: Seal | None) -> KeptKey | None:
     elif is_sealed(data):
         raise StorageError(f"{path} is encrypted: give its passphrase")
     try:
-        return decode(KeptKey, data, he_key_pb2.KeptKey, _LARGEST_FILE)
+        kept = decode(KeptKey, data, he_key_pb2.KeptKey, _LARGEST_FILE)
+        _ = kept.number, kept.serial
+        return kept
     except PropolisError:
         raise StorageError(f"{path} is damaged: remove it, and install the key again") from None
