@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,16 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = (ROOT / "README.md").read_text()
 
 
+@cache
+def command_line() -> Any:
+    """All commands; making them takes half a second."""
+    return typer.main.get_command(app)
+
+
 def known_flags(*path: str) -> set[str]:
-    command = typer.main.get_command(app)
+    command = command_line()
     for name in path:
-        command = command.commands[name]  # type: ignore[attr-defined]
+        command = command.commands[name]
     return {flag for parameter in command.params for flag in parameter.opts}
 
 
@@ -65,7 +72,7 @@ def test_every_flag_of_the_processes_is_documented_with_its_default() -> None:
 @pytest.mark.parametrize("command", ["serve", "predict", "export", "models publish"])
 def test_every_flag_of_the_commands_for_models_is_documented_with_its_default(command: str) -> None:
     rows = table_of_flags(f"flag of `propolis {command}`")
-    found: Any = typer.main.get_command(app)
+    found = command_line()
     for name in command.split():
         found = found.commands[name]
     flags = [parameter for parameter in found.params if parameter.param_type_name == "option"]
@@ -78,10 +85,12 @@ def test_every_flag_of_the_commands_for_models_is_documented_with_its_default(co
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_flags_in_the_pages_exist(page: Path) -> None:
-    commands = "simulate|server|serve|predict|export|bench|federation|client|models|package"
+    commands = "simulate|server|serve|predict|export|bench|federation|client|models|package|rollout"
     for line in re.findall(rf"propolis (?:{commands})\b[^`\n|]*", page.read_text()):
         words = shlex.split(line.split("#")[0].rstrip(".;,"))
-        depth = 3 if words[1] in ("bench", "federation", "client", "models", "package") and len(words) > 2 else 2
+        depth = (
+            3 if words[1] in ("bench", "federation", "client", "models", "package", "rollout") and len(words) > 2 else 2
+        )
         flags = {word for word in words if word.startswith("--")}
         assert flags <= known_flags(*words[1:depth]), line
 
