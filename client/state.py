@@ -22,6 +22,8 @@ from propolis.storage import locked, remove_stale, write_atomically
 T = TypeVar("T")
 
 STATE_FILE, LOCK_FILE, MODEL_FILE = "device.state", "device.lock", "model.version"
+# Its secret part is sealed to the device, so that the file is worth nothing without the state.
+HE_KEY_FILE = "he.key"
 _log = logging.getLogger("propolis.client")
 
 # Keys of a Flower node's configuration, which is set on the device and which the server cannot change.
@@ -63,6 +65,9 @@ class DeviceStore(Protocol):
     def keep_model(self, version: Version) -> None:
         """Keep a version in place of the last one, if it can be kept."""
 
+    def he_key(self) -> bytes | None:
+        """The device's key of homomorphic encryption, see `propolis.secure.he.held.KeyBundle`; None without one."""
+
 
 class SharedVersion:
     """The newest version of a model, once for many devices."""
@@ -86,10 +91,13 @@ class MemoryStore:
         state: the device's.
         policy: what the device insists on.
         shared: of the devices of this process; those that have the same version of the model share its memory.
+        he_key: see `DeviceStore.he_key`.
     """
 
-    def __init__(self, state: DeviceState, policy: Policy, shared: SharedVersion | None = None) -> None:
-        self._state = state
+    def __init__(
+        self, state: DeviceState, policy: Policy, shared: SharedVersion | None = None, he_key: bytes | None = None
+    ) -> None:
+        self._state, self._he_key = state, he_key
         self._lock = threading.Lock()
         self._model: Version | None = None
         self._shared = shared or SharedVersion()
@@ -110,6 +118,10 @@ class MemoryStore:
     def keep_model(self, version: Version) -> None:
         """See `DeviceStore.keep_model`."""
         self._model = self._shared.one_of(version)
+
+    def he_key(self) -> bytes | None:
+        """See `DeviceStore.he_key`."""
+        return self._he_key
 
 
 class FileStore:
@@ -163,6 +175,20 @@ class FileStore:
             write_atomically(self._folder / MODEL_FILE, version.to_bytes(), mode=0o600)
         except StorageError as error:  # it costs the whole model the next time, and not this round
             _log.warning("cannot keep the model: %s", error)
+
+    def he_key(self) -> bytes | None:
+        """See `DeviceStore.he_key`; raises StorageError."""
+        try:
+            return (self._folder / HE_KEY_FILE).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"cannot read the key at {self._folder / HE_KEY_FILE}: {error.strerror}") from None
+
+    def keep_he_key(self, data: bytes) -> None:
+        """Keep a key of homomorphic encryption in place of the one before; raises StorageError."""
+        remove_stale(self._folder / HE_KEY_FILE)
+        write_atomically(self._folder / HE_KEY_FILE, data, mode=0o600)
 
 
 def policy_of(node_config: Mapping[str, Any]) -> Policy:

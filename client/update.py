@@ -7,23 +7,21 @@ Nothing of the device leaves it outside of the protocol: a message that does not
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
-from numpy.typing import NDArray
 
+from propolis.client.encrypted import encrypt_update
+from propolis.client.local_update import Asked, trained_update
 from propolis.client.seal import Seal
 from propolis.client.state import FOLDER_KEY, DeviceStore, FileStore, policy_of
 from propolis.link.keys import passphrase_of
 from propolis.messages import (
     RECORD,
-    Arrays,
     broadcast_in,
     fill_model,
     model_digest,
@@ -38,11 +36,10 @@ from propolis.messages import (
 )
 from propolis.secure.codec.pipeline import Pipeline
 from propolis.secure.codec.series import Broadcast, Version, rebuild
-from propolis.secure.codec.update import Update, encode_update
-from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, TrustError
+from propolis.secure.codec.update import encode_update
+from propolis.secure.errors import PropolisError, Refusal, RefusedError, TrustError
 from propolis.secure.secagg.device import Device, Upload
-from propolis.secure.secagg.plan import Kind, Terms
-from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.plan import Terms
 from propolis.secure.secagg.states import Exchange
 
 StoreOf = Callable[[Context], DeviceStore]
@@ -123,6 +120,8 @@ def _answer(
     context: Context,
     call_next: ClientAppCallable,
 ) -> bytes:
+    if exchange is Exchange.ENCRYPT:
+        return encrypt_update(store, request, message, context, call_next)
     if exchange is Exchange.UPLOAD:
         return _upload(store, request, message, context, call_next)
     steps: dict[Exchange, Callable[[Device], bytes]] = {
@@ -145,15 +144,20 @@ def _upload(
 
     def begin(device: Device) -> tuple[bytes | None, Terms, Pipeline, int, bytes]:
         terms = device.terms
-        if message.metadata.message_type != terms.kind.name.lower():
-            kinds = f"{message.metadata.message_type} in a round to {terms.kind.name.lower()}"
-            raise PeerError(Refusal.MODEL, f"a message to {kinds}")
-        _require_names(old, terms, exactly=False)
+        asked = Asked.of(terms.plan)
+        asked.require_type(message)
+        asked.require_names(old, exactly=False)
         device.require_reveals_left(model)
         pipeline = Pipeline(terms.plan.encoding, len(terms.cohort), shapes_of(old), old)
         device.require_share(pipeline.support)
         place = terms.place(device.state.index)
-        return device.begin_upload(request, shared_input), terms, pipeline, place, device.rounding_seed()
+        return (
+            device.begin_upload(request, shared_input),
+            terms,
+            pipeline,
+            place,
+            device.rounding_seed(terms.kind, terms.plan.round),
+        )
 
     stored, terms, pipeline, place, seed = store.change(begin)
     if stored is not None:
@@ -162,7 +166,7 @@ def _upload(
         store.keep_model(version)
     message.content = content
     try:
-        update = _within(_update_of(_trained(message, context, call_next), old, terms), store.policy)
+        update = trained_update(message, context, call_next, old, Asked.of(terms.plan), store.policy)
         rng = np.random.default_rng(int.from_bytes(seed, "big"))
         vector, lanes, metrics = encode_update(update, pipeline, place, rng)
     except Exception:  # whatever it is, that there is one says something of the data
@@ -184,63 +188,3 @@ def _with_rebuilt_model(store: DeviceStore, content: RecordDict) -> tuple[Record
         return content, None
     version = rebuild(Broadcast.from_bytes(way), store.recall_model(), sizes_elsewhere(content))
     return fill_model(content, version.values), version
-
-
-def _trained(message: Message, context: Context, call_next: ClientAppCallable) -> RecordDict:
-    """The app's answer."""
-    try:
-        reply = call_next(message, context)
-    except (Exception, SystemExit) as error:  # the user's own code
-        _log.debug("the app failed", exc_info=True)
-        raise PeerError(Refusal.TRAINING_FAILED, f"the app failed: {type(error).__name__}: {error}") from None
-    if not isinstance(reply, Message):
-        raise PeerError(Refusal.TRAINING_FAILED, f"the app answered {type(reply).__name__}")
-    if reply.has_error():
-        raise PeerError(Refusal.TRAINING_FAILED, f"the app answered error {reply.error.code}: {reply.error.reason}")
-    return reply.content
-
-
-def _update_of(reply: RecordDict, old: Arrays, terms: Terms) -> Update:
-    """What the app's reply says, as changes to the arrays that came."""
-    if len(reply.metric_records) != 1:
-        raise PeerError(Refusal.MODEL, f"expected one MetricRecord from the app, got {len(reply.metric_records)}")
-    metrics = dict(next(iter(reply.metric_records.values())))
-    weight = metrics.pop(terms.plan.encoding.weight_key, None)
-    if not isinstance(weight, (int, float)):
-        raise PeerError(Refusal.WEIGHT, f"the app's metrics have no number {terms.plan.encoding.weight_key}")
-    scalars = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
-    if len(scalars) < len(metrics):
-        raise PeerError(Refusal.MODEL, "only metrics that are single numbers can be added up")
-    if terms.kind is Kind.EVALUATE:
-        return Update({}, float(weight), scalars)
-    new = model_in(reply)
-    _require_names(new, terms, exactly=True)
-    return Update({name: _change(name, new[name], old[name]) for name in new}, float(weight), scalars)
-
-
-def _within(update: Update, policy: Policy) -> Update:
-    """The update within the data holder's own limits: its weight cut down, its change scaled down."""
-    weight = update.weight if policy.max_weight is None else min(update.weight, policy.max_weight)
-    changes = update.changes
-    if policy.max_norm is not None:
-        norm = float(np.sqrt(sum(float(np.square(change, dtype=np.float64).sum()) for change in changes.values())))
-        if norm > policy.max_norm:
-            changes = {name: change * (policy.max_norm / norm) for name, change in changes.items()}
-    return replace(update, weight=weight, changes=changes)
-
-
-def _require_names(arrays: Mapping[str, NDArray[Any]], terms: Terms, *, exactly: bool) -> None:
-    planned = {*terms.plan.encoding.quantized, *terms.plan.encoding.exact}
-    if not planned <= arrays.keys() or (exactly and arrays.keys() != planned):
-        raise PeerError(Refusal.MODEL, "the names of the arrays are not those of the round's plan")
-
-
-def _change(name: str, new: NDArray[Any], old: NDArray[Any]) -> NDArray[Any]:
-    # Flower's adaptive strategies make the whole model float64, counters too; the app answers in its own types.
-    if new.shape != old.shape or (new.dtype.kind != old.dtype.kind and old.dtype.kind != "f"):
-        raise PeerError(
-            Refusal.MODEL, f"{name}: expected {old.dtype} of shape {old.shape}, got {new.dtype} of {new.shape}"
-        )
-    kind = np.result_type(np.float32, new.dtype, old.dtype)
-    change: NDArray[Any] = np.subtract(new, old, dtype=kind)
-    return change

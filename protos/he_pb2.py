@@ -22,21 +22,32 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from propolis.protos import identity_pb2 as propolis_dot_protos_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18propolis/protos/he.proto\x12\x0epropolis.he.v1\"x\n\x06Holder\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06serial\x18\x03 \x01(\x04\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x12\n\nnot_before\x18\x05 \x01(\x04\x12\x11\n\tnot_after\x18\x06 \x01(\x04\"P\n\tStatement\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0e\n\x06key_id\x18\x04 \x01(\x0c\"\x93\x01\n\x08Material\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07\x63lients\x18\x02 \x01(\r\x12\x12\n\nvalue_bits\x18\x03 \x01(\r\x12\x0e\n\x06seeded\x18\x04 \x01(\x08\x12\x12\n\nparameters\x18\x05 \x01(\x0c\x12\x12\n\npublic_key\x18\x06 \x01(\x0c\x12\x19\n\x11secret_commitment\x18\x07 \x01(\x0c\"K\n\tSealedKey\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06key_id\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0e\n\x06sealed\x18\x04 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18propolis/protos/he.proto\x12\x0epropolis.he.v1\x1a\x1epropolis/protos/identity.proto\"x\n\x06Holder\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06serial\x18\x03 \x01(\x04\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x12\n\nnot_before\x18\x05 \x01(\x04\x12\x11\n\tnot_after\x18\x06 \x01(\x04\"P\n\tStatement\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\x0c\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12\x0e\n\x06key_id\x18\x04 \x01(\x0c\"\x93\x01\n\x08Material\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07\x63lients\x18\x02 \x01(\r\x12\x12\n\nvalue_bits\x18\x03 \x01(\r\x12\x0e\n\x06seeded\x18\x04 \x01(\x08\x12\x12\n\nparameters\x18\x05 \x01(\x0c\x12\x12\n\npublic_key\x18\x06 \x01(\x0c\x12\x19\n\x11secret_commitment\x18\x07 \x01(\x0c\"K\n\tSealedKey\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06key_id\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0e\n\x06sealed\x18\x04 \x01(\x0c\"\x9d\x01\n\tKeyBundle\x12\x0f\n\x07version\x18\x01 \x01(\r\x12,\n\x06holder\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12/\n\tstatement\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x10\n\x08material\x18\x04 \x01(\x0c\x12\x0e\n\x06sealed\x18\x05 \x01(\x0c\"B\n\x05\x45ntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\r\n\x05\x65xact\x18\x04 \x01(\x08\"\xfb\x01\n\rEncryptedPlan\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\x0c\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x04\x12\x0c\n\x04kind\x18\x05 \x01(\r\x12\x15\n\rroster_number\x18\x06 \x01(\x04\x12\x15\n\rroster_digest\x18\x07 \x01(\x0c\x12\x0e\n\x06key_id\x18\x08 \x01(\x0c\x12\x12\n\nweight_key\x18\t \x01(\t\x12\x12\n\nmax_weight\x18\n \x01(\x01\x12\r\n\x05range\x18\x0b \x01(\x01\x12&\n\x07\x65ntries\x18\x0c \x03(\x0b\x32\x15.propolis.he.v1.Entry\"[\n\x0f\x45ncryptedUpload\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tround_tag\x18\x02 \x01(\x0c\x12\x0f\n\x07metrics\x18\x03 \x03(\t\x12\x13\n\x0b\x63iphertexts\x18\x04 \x01(\x0c\"r\n\x0c\x45ncryptedSum\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04plan\x18\x02 \x01(\x0c\x12\r\n\x05\x61live\x18\x03 \x01(\x0c\x12\x0f\n\x07metrics\x18\x04 \x03(\t\x12\x13\n\x0b\x63iphertexts\x18\x05 \x01(\x0c\x12\x0e\n\x06\x66rozen\x18\x06 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'propolis.protos.he_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HOLDER']._serialized_start=44
-  _globals['_HOLDER']._serialized_end=164
-  _globals['_STATEMENT']._serialized_start=166
-  _globals['_STATEMENT']._serialized_end=246
-  _globals['_MATERIAL']._serialized_start=249
-  _globals['_MATERIAL']._serialized_end=396
-  _globals['_SEALEDKEY']._serialized_start=398
-  _globals['_SEALEDKEY']._serialized_end=473
+  _globals['_HOLDER']._serialized_start=76
+  _globals['_HOLDER']._serialized_end=196
+  _globals['_STATEMENT']._serialized_start=198
+  _globals['_STATEMENT']._serialized_end=278
+  _globals['_MATERIAL']._serialized_start=281
+  _globals['_MATERIAL']._serialized_end=428
+  _globals['_SEALEDKEY']._serialized_start=430
+  _globals['_SEALEDKEY']._serialized_end=505
+  _globals['_KEYBUNDLE']._serialized_start=508
+  _globals['_KEYBUNDLE']._serialized_end=665
+  _globals['_ENTRY']._serialized_start=667
+  _globals['_ENTRY']._serialized_end=733
+  _globals['_ENCRYPTEDPLAN']._serialized_start=736
+  _globals['_ENCRYPTEDPLAN']._serialized_end=987
+  _globals['_ENCRYPTEDUPLOAD']._serialized_start=989
+  _globals['_ENCRYPTEDUPLOAD']._serialized_end=1080
+  _globals['_ENCRYPTEDSUM']._serialized_start=1082
+  _globals['_ENCRYPTEDSUM']._serialized_end=1196
 # @@protoc_insertion_point(module_scope)

@@ -204,10 +204,14 @@ def fingerprint(root_key: bytes) -> bytes:
 
 
 class Root:
-    """The federation's root: makes invitations and signs the roster. Normally kept off the server."""
+    """The federation's root: makes invitations and signs the roster. Normally kept off the server.
+
+    Args:
+        key: its private key, which whoever keeps it writes down.
+    """
 
     def __init__(self, key: SigningKey) -> None:
-        self._key = key
+        self.key = key
         self.public_key = key.public
         self.federation = fingerprint(key.public)
 
@@ -231,12 +235,12 @@ class Root:
         invitation = Invitation(
             self.federation, len(roster.entries), name, key.public, not_after=not_after, root_online=root_online
         )
-        signed = sign(labels.INVITATION, self._key.private, invitation, pb.Invitation)
+        signed = sign(labels.INVITATION, self.key.private, invitation, pb.Invitation)
         return roster.with_entry(RosterEntry(name, key.public)), signed, key
 
     def sign(self, label: bytes, message: object, proto: type[Message]) -> Signed:
         """A statement of the root that another module defines."""
-        return sign(label, self._key.private, message, proto)
+        return sign(label, self.key.private, message, proto)
 
     def sign_roster(self, roster: Roster) -> Signed:
         """The roster as devices accept it."""

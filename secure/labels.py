@@ -57,6 +57,7 @@ HE_SEALED = b"propolis/1 he sealed key"
 HE_COEFFICIENTS = b"propolis/1 he tag coefficients"
 HE_OFFSETS = b"propolis/1 he tag offsets"
 HE_HELD = b"propolis/1 he held key"
+HE_ROUND = b"propolis/1 he round"
 
 
 def digest(label: bytes, *parts: bytes | memoryview) -> bytes:

@@ -18,16 +18,19 @@ from flwr.serverapp import Grid
 
 from propolis.secure.codec.profiles import PROFILES, Profile
 from propolis.secure.errors import CancelledError, TooFewPeersError, UsageError
+from propolis.secure.he.keys import PublicKey
 from propolis.secure.identity import TrustedRoster
 from propolis.server.checkpoint import RoundRecord, RunState, save_checkpoint
 from propolis.server.exchange import MeteredGrid
 from propolis.server.grid import SecureGrid
+from propolis.server.he_grid import Encryption, HeGrid
 from propolis.server.model import GlobalModel
 from propolis.server.planner import Protection
+from propolis.server.protected_grid import ProtectedGrid
 from propolis.server.prune import Pruning
 from propolis.server.round import Round, Trained
 from propolis.server.strategy import go_on_from, make_strategy, restore_strategy, strategy_state
-from propolis.settings import Settings
+from propolis.settings import FEWEST_IN_A_SUM, Settings
 from propolis.task import Examples, Task
 
 # The settings that travel to the devices with every train message, see `propolis.client.train.TrainConfig`.
@@ -50,6 +53,7 @@ class Members:
         max_weight: largest number of examples that one of them may have; public.
         newest: the roster as it is now, where it may change during the run.
         journal: see `SecureGrid`.
+        he_key: public part of the federation's key of homomorphic encryption, where it has one.
         seed: of the codec's public randomness, for a run that can be repeated; None: new every round.
     """
 
@@ -58,6 +62,7 @@ class Members:
     seed: int | None = None
     newest: Callable[[], TrustedRoster] | None = None
     journal: Path | None = None
+    he_key: PublicKey | None = None
 
 
 class Observer(Protocol):
@@ -176,19 +181,12 @@ class FederatedRun:
             return {k: float(v) for k, v in self._task.evaluate(self._evaluated.eval(), self._test).items()}
 
     def _protected(self, grid: MeteredGrid) -> Grid:
-        """The grid that the strategy talks to: this one, or a secure one around it."""
+        """The grid that the strategy talks to: this one, or a protected one around it."""
         if self._members is None or not self._settings.is_protected:
             return grid
         model = self.state.model
-        secure = SecureGrid(
-            grid,
-            self._strategy,
-            self._members.roster,
-            protection_of(self._settings, self._members.max_weight, self._members.seed),
-            exact=model.buffers,
-            frozen=model.frozen,
-            journal=self._members.journal,
-            cancelled=self._cancelled,
+        secure = (
+            self._encrypted(grid, self._members) if self._settings.is_encrypted else self._summed(grid, self._members)
         )
         if self.state.history:
             secure.resume_from(self.state.history[-1].metrics, self.state.grid)
@@ -196,13 +194,48 @@ class FederatedRun:
             self.state = replace(self.state, model=replace(model, arrays=secure.adopted(dict(model.arrays))))
         return secure
 
+    def _summed(self, grid: MeteredGrid, members: Members) -> ProtectedGrid:
+        model = self.state.model
+        return SecureGrid(
+            grid,
+            self._strategy,
+            members.roster,
+            protection_of(self._settings, members.max_weight, members.seed),
+            exact=model.buffers,
+            frozen=model.frozen,
+            journal=members.journal,
+            cancelled=self._cancelled,
+        )
+
+    def _encrypted(self, grid: MeteredGrid, members: Members) -> ProtectedGrid:
+        if members.he_key is None:
+            raise UsageError("protection he needs a key of homomorphic encryption: its holder makes it")
+        model, settings = self.state.model, self._settings
+        encryption = Encryption(
+            members.he_key,
+            settings.max_weight or members.max_weight,
+            range=settings.update_range,
+            min_clients=max(settings.min_clients, FEWEST_IN_A_SUM),  # or devices would not open the sum
+            attempts=1,
+        )
+        return HeGrid(
+            grid,
+            self._strategy,
+            members.roster,
+            encryption,
+            exact=model.buffers,
+            frozen=model.frozen,
+            cancelled=self._cancelled,
+        )
+
     def _round(self, metered: MeteredGrid, grid: Grid, number: int) -> RunState:
         began = time.perf_counter()
         uplink, downlink = metered.uplink_bytes, metered.downlink_bytes
         trained, attempts, attempt_round = self._train(grid, number)
         model = self._pruned(number, trained.model)
         device_metrics = attempt_round.evaluate(model) if self._settings.evaluate_fraction else {}
-        central = self.evaluate(model)
+        # Under encryption the model here is the one that the run began with: the devices evaluate what they open.
+        central = {} if self._settings.is_encrypted else self.evaluate(model)
         metrics = {**trained.metrics, **central, **{f"device-{k}": v for k, v in device_metrics.items()}}
         if self._pruning is not None:
             metrics["sparsity"] = self._pruning.sparsity(model)
@@ -226,7 +259,7 @@ class FederatedRun:
             model,
             history,
             strategy_state(self._strategy),
-            grid.state() if isinstance(grid, SecureGrid) else {},
+            grid.state() if isinstance(grid, ProtectedGrid) else {},
         )
 
     def _pruned(self, number: int, model: GlobalModel) -> GlobalModel:
@@ -261,7 +294,7 @@ class FederatedRun:
 
     def _renew(self, grid: Grid) -> None:
         """Go by the newest roster: who was revoked is out, who was invited is in."""
-        if isinstance(grid, SecureGrid) and self._members is not None and self._members.newest is not None:
+        if isinstance(grid, ProtectedGrid) and self._members is not None and self._members.newest is not None:
             grid.renew(self._members.newest())
 
     def _wait_for_devices(self, grid: Grid) -> tuple[int, ...]:

@@ -88,6 +88,8 @@ def load_served(path: Path | None, flags: Mapping[str, Any]) -> Served:
     devices = config.wait_for or max(values.get("min_clients") or 0, _fewest(values))
     fewest = {"min_clients": min(devices, 2)}
     settings = build(Settings, {**fewest, **values, "clients": devices, "backend": "link"}, source)
+    if settings.is_encrypted:
+        raise UsageError(f"{source}: protection he is for simulated devices in this version; choose secagg")
     if odd := [name for name, value in run_config.items() if not isinstance(value, (bool, int, float, str))]:
         raise UsageError(f"{source}, table [run-config]: {odd[0]} must be a number, true, false or a text")
     return Served(settings, config, run_config)

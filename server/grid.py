@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -27,10 +27,10 @@ from propolis.server.batch import Batch, Outcome
 from propolis.server.broadcaster import Broadcaster, WholeModel
 from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
-from propolis.server.exchange import GridWrapper
 from propolis.server.journal import Journal
 from propolis.server.model import like
 from propolis.server.planner import Planner, Protection
+from propolis.server.protected_grid import HANDSHAKE_S, ProtectedGrid
 from propolis.server.secure_round import SecureRound, say_hello
 
 # Strategies that look at single updates, with their subclasses; under a secure sum there are none to look at.
@@ -42,16 +42,13 @@ _NEED_SINGLE_UPDATES = frozenset(
     }
 )
 
-# Exchanges without training take no longer than this, whatever a round's deadline is.
-_HANDSHAKE_S = 120.0
-
 # Models of which it is known whose sums were published.
 _MODELS_REMEMBERED = 256
 
 _log = logging.getLogger("flwr")
 
 
-class SecureGrid(GridWrapper):
+class SecureGrid(ProtectedGrid):
     """Turns each batch of train or evaluate messages into one secure round with ONE averaged reply.
 
     The reply has the model plus the weighted mean change, the weighted means of the metrics and the sum of the
@@ -90,7 +87,7 @@ class SecureGrid(GridWrapper):
         self.scale = Scale(protection.range)
         self._broadcaster = Broadcaster(protection.codec.broadcast) if protection.codec.broadcast else None
         self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
-        self._roster, self._protection = roster, protection
+        self._roster, self._protection, self._attempts = roster, protection, protection.attempts
         self._directory = Directory(roster, bound=self.binds_identities)
         self._planner = Planner(roster, protection, self._weight_key, exact, frozen)
         self._journal = Journal(journal) if journal else None
@@ -120,42 +117,10 @@ class SecureGrid(GridWrapper):
         """What a run needs, besides the last round's metrics, to go on as if it had never stopped."""
         return self._broadcaster.state() if self._broadcaster is not None else {}
 
-    def push_messages(self, messages: Iterable[Message]) -> NoReturn:
-        """Refused: a message on its own is not protected."""
-        raise UsageError("a SecureGrid sends whole rounds: use send_and_receive, or the grid that it is around")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> NoReturn:
-        """Refused, like `push_messages`."""
-        self.push_messages([])
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """One secure round.
-
-        Args:
-            messages: all of type train, or all of type evaluate, with one content for all; each for another node.
-            timeout: seconds that each exchange of the round may take; None waits for every device.
-
-        Returns:
-            One reply with the mean; `Outcome.of` its content says how many devices it is over.
-
-        Raises:
-            UsageError: the messages are none of these.
-            TooFewPeersError: too few devices survived, in every attempt.
-        """
-        outgoing = list(messages)
-        if not outgoing:
-            return []
-        batch = Batch.of(outgoing, float("inf") if timeout is None else timeout)
-        if self._broadcaster is not None:
-            batch = self._broadcaster.publish(batch, self._planner.quantized(batch.model))
-        for attempt in range(1, self._protection.attempts + 1):
-            try:
-                return [self._round(batch)]
-            except TooFewPeersError as error:
-                if attempt == self._protection.attempts:
-                    raise
-                _log.warning("secure round: %s; trying again", error)
-        raise AssertionError("unreachable")
+    def _prepared(self, batch: Batch) -> Batch:
+        if self._broadcaster is None:
+            return batch
+        return self._broadcaster.publish(batch, self._planner.quantized(batch.model))
 
     def _round(self, batch: Batch) -> Message:
         channel = Channel(self.inner, batch.message_type, batch.messages[0].metadata.group_id, self._cancelled)
@@ -165,7 +130,7 @@ class SecureGrid(GridWrapper):
 
     def _collected(self, batch: Batch, channel: Channel) -> SecAggServer:
         """A round with the devices that are there, up to the shares that its sum needs."""
-        handshake = min(batch.timeout, _HANDSHAKE_S)
+        handshake = min(batch.timeout, HANDSHAKE_S)
         say_hello(channel, self._directory, self._roster.signed, batch.node_ids, handshake)
         nodes = self._directory.members(batch.node_ids)
         server = self._role(batch, nodes)

@@ -15,6 +15,8 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from propolis.secure.errors import CancelledError, StorageError, UsageError
+from propolis.secure.he.held import scheme_of
+from propolis.secure.he.parameters import choose
 from propolis.server.app import (
     MAY_CHANGE_ON_RESUME,
     FederatedRun,
@@ -29,6 +31,7 @@ from propolis.server.registration import RUN, Registration
 from propolis.server.report import (
     CONFIG,
     CURVES,
+    ENCRYPTED_MODEL,
     MODEL,
     RESULT,
     Failure,
@@ -41,7 +44,7 @@ from propolis.settings import Settings, load_settings
 from propolis.task import Examples, Task
 
 CHECKPOINT = "checkpoint.safetensors"
-_FILES = (RESULT, MODEL, CURVES, CONFIG, CHECKPOINT, RUN)
+_FILES = (RESULT, MODEL, ENCRYPTED_MODEL, CURVES, CONFIG, CHECKPOINT, RUN)
 _log = logging.getLogger("propolis.server")
 
 
@@ -177,6 +180,9 @@ def require_feasible(settings: Settings, task: Task, devices: int, max_weight: f
     Raises:
         UsageError: the message says what cannot be, and what to change.
     """
+    if settings.is_encrypted:
+        scheme_of(choose(devices, settings.value_bits, seeded=settings.he_mode == "seeded"))
+        return
     sampled = max(int(devices * settings.fraction), settings.min_clients)
     parameters = sum(array.size for array in initial_model(settings, task).arrays.values())
     protection_of(settings, max_weight).require_feasible(sampled, parameters)

@@ -20,6 +20,7 @@ from propolis.secure.identity import TrustedRoster
 from propolis.secure.secagg.messages import to_bitmap
 from propolis.secure.secagg.plan import Kind, Plan
 from propolis.server.batch import Batch
+from propolis.server.protected_grid import Attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,7 @@ class Planner:
     ) -> None:
         self._roster, self._protection, self._weight_key = roster, protection, weight_key
         self._exact, self._frozen = frozenset(exact), frozenset(frozen)
-        self._run_id = os.urandom(16)
-        self._number, self._attempt = 0, 0
+        self._names = Attempts()
         self._seed = self._new_seed(0)
 
     def renew(self, roster: TrustedRoster) -> None:
@@ -113,16 +113,17 @@ class Planner:
         Raises:
             UsageError: the codec's ring is too small for so many devices.
         """
-        before, (self._number, self._attempt) = self._number, self._next_name(batch.server_round)
-        if self._number != before:
-            self._seed = self._new_seed(self._number)
+        before = self._names.number
+        self._names.next(batch.server_round)
+        if self._names.number != before:
+            self._seed = self._new_seed(self._names.number)
         protection = self._protection
         return Plan(
             encoding=scaled(self._encoding(batch), protection.codec, scale, len(cohort), batch.shapes),
             malicious=protection.malicious,
-            run_id=self._run_id,
-            round=self._number,
-            attempt=self._attempt,
+            run_id=self._names.run_id,
+            round=self._names.number,
+            attempt=self._names.attempt,
             kind=batch.kind,
             roster_number=self._roster.number,
             roster_digest=self._roster.digest,
@@ -130,11 +131,6 @@ class Planner:
             corrupted_ppm=round(protection.corrupted * 1e6),
             dropped_ppm=round(protection.dropped * 1e6),
         )
-
-    def _next_name(self, server_round: int | None) -> tuple[int, int]:
-        """Round and attempt of the next plan: they rise, also when the application counts otherwise."""
-        number = self._number + 1 if server_round is None else max(server_round, self._number)
-        return number, self._attempt + 1 if number == self._number else 0
 
     def quantized(self, model: Mapping[str, NDArray[Any]]) -> tuple[str, ...]:
         """Names of the arrays that devices train and for which a coarse grid will do, sorted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -18,12 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.numpy import save
 
 from propolis.logs import one_line
+from propolis.secure.he.messages import EncryptedSum
 from propolis.server.checkpoint import RoundRecord, RunState
 from propolis.server.size import format_bytes
 from propolis.settings import Settings
 from propolis.storage import write_atomically
 
 RESULT, MODEL, CURVES, CONFIG = "result.json", "model.safetensors", "curves.png", "config.toml"
+# What an encrypted run leaves in place of MODEL: see `propolis.client.encrypted.open_model_file`.
+ENCRYPTED_MODEL = "model.encrypted"
 
 _CURVES = {"accuracy": "tab:green", "loss": "tab:red"}
 _AXES = ("round", "MB up and down, all devices")
@@ -134,7 +137,9 @@ def result_of(settings: Settings, state: RunState, status: str, failure: Failure
 def write_results(
     out: Path, settings: Settings, state: RunState, status: str, failure: Failure | None = None
 ) -> dict[str, Any]:
-    """Write result.json, the model and, where a round was completed, the curves; return the result.
+    """Write result.json and, where a round was completed, the model and the curves; return the result.
+
+    Of an encrypted run, the model is encrypted, and there is nothing for curves to show.
 
     Raises:
         StorageError: a file could not be written.
@@ -142,12 +147,21 @@ def write_results(
     out.mkdir(parents=True, exist_ok=True)
     result = result_of(settings, state, status, failure)
     write_atomically(out / RESULT, json.dumps(result, indent=2).encode() + b"\n")
-    if state.history:
+    if state.history and settings.is_encrypted:
+        write_atomically(out / ENCRYPTED_MODEL, _encrypted_file(state))
+    elif state.history:
         arrays = {name: np.array(array, order="C") for name, array in state.model.arrays.items()}
         write_atomically(out / MODEL, save(arrays))
         if find_spec("matplotlib"):  # a device's install has none
             write_atomically(out / CURVES, _draw_curves(state.history))
     return result
+
+
+def _encrypted_file(state: RunState) -> bytes:
+    """The encrypted model of a run, with what training left alone."""
+    frozen = {name: np.array(state.model.arrays[name], order="C") for name in sorted(state.model.frozen)}
+    total = EncryptedSum.from_bytes(state.grid["model"].tobytes())
+    return replace(total, frozen=save(frozen) if frozen else b"").to_bytes()
 
 
 def write_config(out: Path, settings: Settings) -> None:

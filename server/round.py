@@ -14,8 +14,8 @@ from flwr.serverapp.strategy import Strategy
 from propolis.secure.errors import PropolisError, TooFewPeersError
 from propolis.server.batch import Outcome
 from propolis.server.exchange import Snapshot
-from propolis.server.grid import SecureGrid
 from propolis.server.model import ARRAYS_KEY, GlobalModel, average, split_replies
+from propolis.server.protected_grid import ProtectedGrid
 from propolis.server.replies import lines_of, metrics_fault, sift, update_fault
 
 
@@ -79,7 +79,7 @@ class Round:
             raise TooFewPeersError(f"round {self.number}: {error}") from None
         usable, said = sift(replies, lambda reply: update_fault(reply, model))
         survivors = len(usable)
-        if isinstance(self.grid, SecureGrid):
+        if isinstance(self.grid, ProtectedGrid):
             survivors, said = _tally(usable, said)
         failures = lines_of(said)
         if survivors < self.min_clients:

@@ -22,7 +22,7 @@ from propolis.secure.errors import UsageError
 from propolis.server.app import FederatedRun, Members
 from propolis.server.roster import load_roster
 from propolis.settings import Settings, load_settings
-from propolis.simulations.federation import SIMULATED, federation_of_run, simulated_mod
+from propolis.simulations.federation import SIMULATED, Federation, federation_of_run, parameters_of, simulated_mod
 from propolis.simulations.partition import Partition
 from propolis.task import DataSet, Task, check_task, choose_device, load_task
 
@@ -125,20 +125,26 @@ def _mod_of_run(message: Message, context: Context, call_next: ClientAppCallable
 
 
 @contextmanager
-def _members_of_run(settings: Settings, data: DataSet, grid: Grid, context: Context) -> Iterator[Members | None]:
+def _members_of_run(
+    settings: Settings, data: DataSet, grid: Grid, context: Context
+) -> Iterator[tuple[Members | None, Federation | None]]:
     """Who may take part: the federation in a folder, or one that is made for a simulation."""
     if not settings.is_protected:
-        yield None
+        yield None, None
         return
     devices = len(list(grid.get_node_ids()))
     if folder := str(context.run_config.get("federation") or ""):
+        if settings.is_encrypted:
+            raise UsageError("protection he is for simulated devices in this version; choose secagg")
         roster = load_roster(Path(folder))
-        yield Members(roster, largest_device(settings, data, len(roster.roster.entries)))
+        yield Members(roster, largest_device(settings, data, len(roster.roster.entries))), None
         return
     if devices < SIMULATED.min_cohort:
         raise UsageError(f"a secure sum takes {SIMULATED.min_cohort} devices or more: this federation has {devices}")
-    with federation_of_run(context.run_id, devices, settings.seed) as federation:
-        yield Members(federation.verified_roster, largest_device(settings, data, devices), settings.seed)
+    with federation_of_run(context.run_id, devices, settings.seed, parameters_of(settings, devices)) as federation:
+        he_key = federation.he.public if federation.he else None
+        largest = largest_device(settings, data, devices)
+        yield Members(federation.verified_roster, largest, settings.seed, he_key=he_key), federation
 
 
 client = make_client_app(_participant_of_run, [_mod_of_run])
@@ -154,12 +160,16 @@ def main(grid: Grid, context: Context) -> None:
     of real devices; without it, a protected run makes a federation for simulated ones.
     """
     from propolis.server.report import LogReport, write_results
+    from propolis.simulations.witness import Witness
 
     settings = load_settings(overrides=_known(context))
     task, data = load_data(settings.task, settings.data)
     device = choose_device(settings.device)
-    with _members_of_run(settings, data, grid, context) as members:
+    with _members_of_run(settings, data, grid, context) as (members, federation):
         run = FederatedRun(settings, task, data.test, device=device, members=members)
-        state = run.run(grid, LogReport(settings.rounds))
+        witness = Witness(federation, task, data.test, device) if federation and federation.he else None
+        state = run.run(grid, LogReport(settings.rounds), *([witness] if witness else []))
     if out := context.run_config.get("out"):
         write_results(Path(str(out)), settings, state, status="completed")
+        if witness:
+            witness.report(Path(str(out)))

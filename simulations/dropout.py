@@ -21,7 +21,10 @@ def steps_of(settings: Settings) -> list[str]:
     kinds = ["train", "evaluate"] if settings.evaluate_fraction else ["train"]
     if not settings.is_protected:
         return kinds
-    exchanges = [each for each in Exchange if settings.malicious or each is not Exchange.CONFIRM]
+    if settings.is_encrypted:
+        return [f"{kind} {each.label}" for kind in kinds for each in (Exchange.HELLO, Exchange.ENCRYPT)]
+    secagg = [each for each in Exchange if each is not Exchange.ENCRYPT]
+    exchanges = [each for each in secagg if settings.malicious or each is not Exchange.CONFIRM]
     return [f"{kind} {each.label}" for kind in kinds for each in exchanges]
 
 

@@ -6,26 +6,54 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 
 from flwr.app import Context
 
-from propolis.client.state import DeviceStore, FileStore, MemoryStore, SharedVersion
+from propolis.client.state import HE_KEY_FILE, STATE_FILE, DeviceStore, FileStore, MemoryStore, SharedVersion
 from propolis.client.update import SecureMod
 from propolis.secure import labels
-from propolis.secure.errors import UsageError
-from propolis.secure.identity import Root, Roster, Signed, SigningKey, TrustedRoster, trusted_roster
+from propolis.secure.errors import RefusedError, StorageError, UsageError
+from propolis.secure.he.held import KeyBundle, scheme_of
+from propolis.secure.he.keys import PublicKey, delegate_holder, make_key, read_material, seal_key, state_key
+from propolis.secure.he.parameters import Parameters, choose
+from propolis.secure.identity import (
+    Root,
+    Roster,
+    Signed,
+    SigningKey,
+    TrustedRoster,
+    descriptor_digest,
+    trusted_roster,
+)
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.policy import Policy
-from propolis.server.roster import save_roster
+from propolis.server.roster import load_roster, save_roster
+from propolis.settings import Settings
+from propolis.storage import write_atomically
 
 # A simulation shows every model as often as it likes.
 SIMULATED = Policy(max_reveals_per_model=None)
 _VALID_S = 365 * 24 * 3600
+_HOLDER_SERIAL = 1
+_ROOT_FILE = "root.key"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class EncryptionKeys:
+    """A key of homomorphic encryption, as its holder gives it away.
+
+    Attributes:
+        public: for the server.
+        bundles: for each device by index, with the secret part sealed to it.
+    """
+
+    public: PublicKey
+    bundles: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -36,11 +64,13 @@ class Federation:
         root: with its private key.
         roster: all the devices, signed.
         devices: the state of each device by index, with its secrets.
+        he: the federation's key of homomorphic encryption, where it has one.
     """
 
     root: Root
     roster: Signed
     devices: tuple[DeviceState, ...]
+    he: EncryptionKeys | None = None
 
     @property
     def root_key(self) -> bytes:
@@ -53,13 +83,14 @@ class Federation:
         return trusted_roster(self.root_key, self.roster)
 
 
-def make_federation(devices: int, seed: int | None = None) -> Federation:
+def make_federation(devices: int, seed: int | None = None, he: Parameters | None = None) -> Federation:
     """Enrol `devices` devices with new keys.
 
     Args:
         devices: how many.
         seed: of the randomness that devices encode with, so that a simulation can be repeated; keys and masks are
             new every time. None: that too.
+        he: what its key of homomorphic encryption is for; None makes none.
     """
     root = Root(SigningKey.generate())
     roster = Roster(root.federation, 1, int(time.time()) + _VALID_S, ())
@@ -70,7 +101,33 @@ def make_federation(devices: int, seed: int | None = None) -> Federation:
         if seed is not None:
             state.rounding_secret = labels.digest(labels.ROUNDING, seed.to_bytes(8, "big"), index.to_bytes(8, "big"))
         enrolled.append(state)
-    return Federation(root, root.sign_roster(roster), tuple(enrolled))
+    keys = make_encryption_keys(root, enrolled, he) if he else None
+    return Federation(root, root.sign_roster(roster), tuple(enrolled), keys)
+
+
+def make_encryption_keys(root: Root, devices: Sequence[DeviceState], parameters: Parameters) -> EncryptionKeys:
+    """What a key holder does that the root delegates: make a key, and seal it to every device.
+
+    Raises:
+        UsageError: TenSEAL is not installed.
+    """
+    holder_key = SigningKey.generate()
+    holder = delegate_holder(root, _HOLDER_SERIAL, holder_key.public, time.time(), _VALID_S)
+    public, secret = make_key(root.federation, scheme_of(parameters))
+    statement = state_key(holder_key, public, number=1)
+    bundles = []
+    for index, device in enumerate(devices):
+        digest = descriptor_digest(device.descriptor)
+        sealed = seal_key(public, secret, index, digest, device.own_descriptor.hpke_key)
+        bundles.append(KeyBundle(holder, statement, public.material, sealed).to_bytes())
+    return EncryptionKeys(public, tuple(bundles))
+
+
+def parameters_of(settings: Settings, devices: int) -> Parameters | None:
+    """What the key of so many simulated devices is for; None where the settings ask for no encryption."""
+    if not settings.is_encrypted:
+        return None
+    return choose(devices, settings.value_bits, seeded=settings.he_mode == "seeded")
 
 
 class DevicesInMemory:
@@ -78,10 +135,11 @@ class DevicesInMemory:
 
     Args:
         devices: their states by index.
+        he_keys: their keys of homomorphic encryption, where they have one.
     """
 
-    def __init__(self, devices: tuple[DeviceState, ...]) -> None:
-        self._devices = devices
+    def __init__(self, devices: tuple[DeviceState, ...], he_keys: tuple[bytes, ...] = ()) -> None:
+        self._devices, self._he_keys = devices, he_keys
         self._stores: dict[int, MemoryStore] = {}
         self._shared = SharedVersion()
 
@@ -89,11 +147,12 @@ class DevicesInMemory:
         """The store of the device with the context's ``partition-id``."""
         index = _index_of(context)
         if index not in self._stores:
-            self._stores[index] = MemoryStore(self._devices[index], SIMULATED, self._shared)
+            he_key = self._he_keys[index] if self._he_keys else None
+            self._stores[index] = MemoryStore(self._devices[index], SIMULATED, self._shared, he_key)
         return self._stores[index]
 
-    def __reduce__(self) -> tuple[type, tuple[tuple[DeviceState, ...]]]:
-        return DevicesInMemory, (self._devices,)
+    def __reduce__(self) -> tuple[type, tuple[tuple[DeviceState, ...], tuple[bytes, ...]]]:
+        return DevicesInMemory, (self._devices, self._he_keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +176,46 @@ def write_federation(federation: Federation, folder: Path) -> None:
     save_roster(folder / "server", federation.root_key, federation.roster)
     for index, state in enumerate(federation.devices):
         FileStore.create(device_folder(folder, index), state)
+        if federation.he is not None:
+            FileStore(device_folder(folder, index), SIMULATED).keep_he_key(federation.he.bundles[index])
+
+
+def keep_federation(federation: Federation, folder: Path) -> None:
+    """Write a federation with its root's key, in place of another one, whole or not at all.
+
+    Its devices are given the roster, as if they had been in a round: they can open what their keys open.
+
+    Raises:
+        StorageError: a file could not be written.
+    """
+    new = folder.with_name(f".{folder.name}")
+    for old in (new, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        new.mkdir(mode=0o700)
+        devices = tuple(replace(state, roster=federation.roster) for state in federation.devices)
+        write_federation(replace(federation, devices=devices), new)
+        write_atomically(new / _ROOT_FILE, federation.root.key.private, mode=0o600)
+        new.rename(folder)
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def recalled_federation(folder: Path, devices: int) -> Federation:
+    """The federation that `keep_federation` wrote, with a key of homomorphic encryption.
+
+    Raises:
+        UsageError: the folder does not hold it.
+    """
+    try:
+        root = Root(SigningKey((folder / _ROOT_FILE).read_bytes()))
+        folders = [device_folder(folder, index) for index in range(devices)]
+        states = tuple(DeviceState.from_bytes((each / STATE_FILE).read_bytes()) for each in folders)
+        bundles = tuple((each / HE_KEY_FILE).read_bytes() for each in folders)
+        public = read_material(root.federation, KeyBundle.from_bytes(bundles[0]).material)
+    except (OSError, ValueError, RefusedError) as error:
+        raise UsageError(f"{folder} does not hold the devices of the run: {error}") from None
+    return Federation(root, load_roster(folder / "server").signed, states, EncryptionKeys(public, bundles))
 
 
 def device_folder(folder: Path, index: int) -> Path:
@@ -125,7 +224,9 @@ def device_folder(folder: Path, index: int) -> Path:
 
 
 @contextmanager
-def federation_of_run(run_id: int, devices: int, seed: int | None = None) -> Iterator[Federation]:
+def federation_of_run(
+    run_id: int, devices: int, seed: int | None = None, he: Parameters | None = None
+) -> Iterator[Federation]:
     """A federation for a run of Flower's simulation engine, whose devices find it by the run's id.
 
     It lies in the temporary folder while the run lasts, and nobody else can read it.
@@ -135,7 +236,7 @@ def federation_of_run(run_id: int, devices: int, seed: int | None = None) -> Ite
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     try:
-        federation = make_federation(devices, seed)
+        federation = make_federation(devices, seed, he)
         write_federation(federation, folder)
         yield federation
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +14,8 @@ import torch
 from flwr.serverapp import Grid
 
 from propolis.flower import quiet_flower
-from propolis.server.app import Members
+from propolis.secure.errors import PropolisError, UsageError
+from propolis.server.app import Members, Observer
 from propolis.server.job import Job, Rounds, RunOptions, require_feasible, run_job
 from propolis.settings import Settings
 from propolis.simulations.apps import client_app, largest_device, load_data
@@ -21,13 +24,20 @@ from propolis.simulations.federation import (
     DevicesInFolder,
     DevicesInMemory,
     Federation,
+    keep_federation,
     make_federation,
+    parameters_of,
+    recalled_federation,
     write_federation,
 )
 from propolis.simulations.linked import linked_grid
 from propolis.simulations.local import LocalGrid
 from propolis.simulations.ray import require_ray, run_on_ray
+from propolis.simulations.witness import Witness
 from propolis.task import choose_device
+
+# The devices of an encrypted run, with the keys that open its model.
+DEVICES = "devices"
 
 
 def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
@@ -47,22 +57,66 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
     if settings.backend == "ray":
         require_ray(settings)
     task, data = load_data(settings.task, settings.data)
+    if settings.is_encrypted and options.registration is not None:
+        raise UsageError("registry: the model of a run under he is encrypted, and a registry takes what it can read")
     largest = largest_device(settings, data, settings.clients)
-    federation = make_federation(settings.clients, settings.seed) if settings.is_protected else None
     if settings.is_protected:
         require_feasible(settings, task, settings.clients, largest)
-    members = Members(federation.verified_roster, largest, settings.seed) if federation else None
+    federation = _federation_of(settings, options)
+    he_key = federation.he.public if federation and federation.he else None
+    members = Members(federation.verified_roster, largest, settings.seed, he_key=he_key) if federation else None
     fingerprint = federation.verified_roster.roster.federation if federation else None
     job = Job(task, data.test, device, members, fingerprint)
-    return run_job(settings, options, job, partial(_over_backend, settings, federation))
+    if federation is None or federation.he is None:
+        return run_job(settings, options, job, partial(_over_backend, settings, federation, ()))
+    witness = Witness(federation, task, data.test, device, options.console)
+    if options.resume:
+        witness.recall(options.out)
+    return _witnessed(settings, options, job, federation, witness)
+
+
+def _witnessed(
+    settings: Settings, options: RunOptions, job: Job, federation: Federation, witness: Witness
+) -> dict[str, Any]:
+    """An encrypted run: its devices' keys stay in its folder, and one of them says what the model is worth."""
+    begun = False
+
+    def over(rounds: Rounds, cancelled: threading.Event) -> None:
+        nonlocal begun
+        begun = True
+        if not options.resume:
+            keep_federation(federation, options.out / DEVICES)
+        _over_backend(settings, federation, (witness,), rounds, cancelled)
+
+    try:
+        run_job(settings, options, job, over)
+    except BaseException:
+        if begun:
+            with suppress(PropolisError):  # the first error is the one to report
+                witness.report(options.out)
+        raise
+    return witness.report(options.out)
+
+
+def _federation_of(settings: Settings, options: RunOptions) -> Federation | None:
+    """The run's own federation; that of a resumed run which is encrypted has the keys that its model is under."""
+    if not settings.is_protected:
+        return None
+    if options.resume and settings.is_encrypted and (options.out / DEVICES).is_dir():
+        return recalled_federation(options.out / DEVICES, settings.clients)
+    return make_federation(settings.clients, settings.seed, parameters_of(settings, settings.clients))
 
 
 def _over_backend(
-    settings: Settings, federation: Federation | None, rounds: Rounds, cancelled: threading.Event
+    settings: Settings,
+    federation: Federation | None,
+    observers: Sequence[Observer],
+    rounds: Rounds,
+    cancelled: threading.Event,
 ) -> None:
     def serve(grid: Grid) -> None:
         lossy = DropoutGrid(grid, settings.dropout, settings.seed, steps_of(settings))
-        rounds(lossy, lossy)
+        rounds(lossy, lossy, *observers)
 
     if settings.backend == "ray":
         with TemporaryDirectory(prefix="propolis-") as folder:
@@ -76,6 +130,8 @@ def _over_backend(
         with linked_grid(settings, federation or make_federation(settings.clients, settings.seed)) as linked:
             serve(linked)
         return
-    in_memory = DevicesInMemory(federation.devices) if federation else None
+    in_memory = (
+        DevicesInMemory(federation.devices, federation.he.bundles if federation.he else ()) if federation else None
+    )
     with LocalGrid(partial(client_app, settings, in_memory), settings.clients, workers=settings.workers) as grid:
         serve(grid)

@@ -34,7 +34,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
         ("lr", float("nan"), "lr: "),
         ("strategy", "krum", "strategy: expected 'fedavg'"),
         ("dropout", 1.0, "dropout: expected less than 1"),
-        ("protection", "he", "'he' is not available in this version; choose none or secagg"),
+        ("protection", "tee", "'tee' is not available in this version; choose none or secagg or he"),
         ("malicious", True, "malicious is a kind of secagg"),
         ("bits", 33, "bits: expected less than or equal to 32"),
         ("codec", "int8", "'int8' is not available in this version; choose float32 or dense or thin"),

@@ -79,6 +79,11 @@ class Device:
         self._policy, self._now, self._random_bytes = policy, now, random_bytes
 
     @property
+    def now(self) -> float:
+        """When this step is taken, seconds since 1970."""
+        return self._now
+
+    @property
     def terms(self) -> Terms:
         """Of the round under way.
 
@@ -89,11 +94,10 @@ class Device:
             raise PeerError(Refusal.PHASE, "no round is under way")
         return terms_of(self.state.plan)
 
-    def rounding_seed(self) -> bytes:
-        """32 bytes that the round's encoding draws from: the same in every attempt, so that a retry adds nothing."""
-        plan = self.terms.plan
+    def rounding_seed(self, kind: int, number: int) -> bytes:
+        """32 bytes that a round's encoding draws from: the same in every attempt, so that a retry adds nothing."""
         return labels.digest(
-            labels.ROUNDING, self.state.rounding_secret, plan.kind.to_bytes(8, "big"), plan.round.to_bytes(8, "big")
+            labels.ROUNDING, self.state.rounding_secret, kind.to_bytes(8, "big"), number.to_bytes(8, "big")
         )
 
     def take_roster(self, signed: Signed) -> None:
@@ -215,9 +219,8 @@ class Device:
     def _accept(self, terms: Terms) -> TrustedRoster:
         """Check a plan against the roster, the rounds taken part in, and the policy."""
         plan = terms.plan
-        roster = self._roster()
-        if (plan.roster_number, plan.roster_digest) != (roster.number, roster.digest):
-            raise TrustError(Refusal.ROSTER, f"the plan is for roster {plan.roster_number}, not for {roster.number}")
+        roster = self.roster()
+        require_roster(roster, plan.roster_number, plan.roster_digest)
         if len(plan.cohort) != len(to_bitmap((), len(roster.roster.entries))):
             raise PeerError(Refusal.SETS, "the cohort is no bitmap over the roster")
         self._require_policy_of(plan)
@@ -226,8 +229,7 @@ class Device:
             roster.require_member(index)
         if self.state.index not in terms.cohort:
             raise PeerError(Refusal.SETS, "this device is not in the cohort")
-        if terms.name <= self.state.last_of_run(plan.run_id):
-            raise PeerError(Refusal.STALE, f"round {plan.round}, attempt {plan.attempt} is not a new one")
+        self.require_new(plan.run_id, terms.name)
         threshold, least = terms.sharing.threshold, self._policy.min_threshold
         if threshold < least:
             raise PeerError(Refusal.POLICY, f"{threshold} shares are fewer than {least}")
@@ -240,8 +242,7 @@ class Device:
             raise PeerError(Refusal.POLICY, f"{count} devices are fewer than {policy.min_cohort}")
         if plan.corrupted_ppm < policy.min_corrupted * 1e6 or plan.dropped_ppm < policy.min_dropped * 1e6:
             raise PeerError(Refusal.POLICY, "the plan assumes fewer corrupted or dropped devices than this device does")
-        if plan.encoding.weight_key != policy.weight_key:
-            raise PeerError(Refusal.POLICY, f"this device's weight is {policy.weight_key}, not what the plan says")
+        self.require_weight(plan.encoding.weight_key)
         if policy.require_malicious and not plan.malicious:
             raise PeerError(Refusal.POLICY, "this device asks for protection against a lying server")
         self._require_policy_of_encoding(plan)
@@ -258,6 +259,18 @@ class Device:
         draws = encoding.rotated or encoding.density < 1
         if draws and is_other_round and encoding.seed == before.encoding.seed:
             raise PeerError(Refusal.POLICY, "the codec's seed is that of another round")
+
+    def require_new(self, run_id: bytes, name: tuple[int, int]) -> None:
+        """Refuse an attempt, (round, attempt) of a run, that is not above all that this device took part in."""
+        if name <= self.state.last_of_run(run_id):
+            raise PeerError(Refusal.STALE, f"round {name[0]}, attempt {name[1]} is not a new one")
+
+    def require_weight(self, key: str) -> None:
+        """Refuse a weight that is not the policy's."""
+        if key != self._policy.weight_key:
+            raise PeerError(
+                Refusal.POLICY, f"this device's weight is {self._policy.weight_key}, not what the plan says"
+            )
 
     def require_share(self, support: Support) -> None:
         """Refuse a round that asks for too small a share of the trained values, whatever makes it so small."""
@@ -309,7 +322,8 @@ class Device:
         self.state.round = client.to_bytes()
         return to_bytes(reply)
 
-    def _roster(self) -> TrustedRoster:
+    def roster(self) -> TrustedRoster:
+        """The newest roster that this device was given; raises TrustError without one, or when it has expired."""
         if self.state.roster is None:
             raise TrustError(Refusal.ROSTER, "this device has not been given the roster")
         roster = trusted_roster(self.state.root_key, self.state.roster)
@@ -323,6 +337,12 @@ class Device:
     def _prekey(self) -> Signed:
         public = public_half(self.state.prekey_private)
         return announce_prekey(self.state.signing_key, self.state.own_descriptor, self.state.prekey_number, public)
+
+
+def require_roster(roster: TrustedRoster, number: int, digest: bytes) -> None:
+    """Refuse a plan for another roster than the one that a device has; raises TrustError."""
+    if (number, digest) != (roster.number, roster.digest):
+        raise TrustError(Refusal.ROSTER, f"the plan is for roster {number}, not for {roster.number}")
 
 
 def _upload_digest(request: bytes, shared_input: bytes) -> bytes:

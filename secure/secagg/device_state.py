@@ -130,10 +130,14 @@ class DeviceState:
 
     def begin_round(self, terms: Terms, round_state: bytes) -> None:
         """Forget the round before, secrets and answers, and begin this one."""
-        self.runs.pop(terms.plan.run_id, None)
-        self.runs[terms.plan.run_id] = terms.name
-        _forget_oldest(self.runs, _MOST_RUNS)
+        self.note_attempt(terms.plan.run_id, terms.name)
         self.round, self.plan, self.model, self.answers = round_state, terms.bytes, b"", {}
+
+    def note_attempt(self, run_id: bytes, name: tuple[int, int]) -> None:
+        """Note that this device takes part in an attempt, (round, attempt) of a run."""
+        self.runs.pop(run_id, None)
+        self.runs[run_id] = name
+        _forget_oldest(self.runs, _MOST_RUNS)
 
     def remember_peer(self, index: int, peer: Peer, prekey_number: int) -> None:
         """Note that something was sealed to a peer's prekey: never again to this one or an older one."""

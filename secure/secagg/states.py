@@ -9,13 +9,14 @@ from propolis.secure.errors import PeerError, Refusal
 
 
 class Exchange(IntEnum):
-    """One request of the server and the devices' replies to it."""
+    """One request of the server and the devices' replies; ENCRYPT is the one of homomorphic encryption."""
 
     HELLO = 1
     PREPARE = 2
     UPLOAD = 3
     CONFIRM = 4
     UNMASK = 5
+    ENCRYPT = 6
 
     @property
     def label(self) -> str:

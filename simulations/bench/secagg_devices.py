@@ -105,7 +105,8 @@ class DevicesHere:
         digest = model_digest(model_in(self._content))
         shared_input = shared_input_of(self._content, digest, "")
         device.begin_upload(request, shared_input)
-        terms, rng = device.terms, np.random.default_rng(int.from_bytes(device.rounding_seed(), "big"))
+        terms = device.terms
+        rng = np.random.default_rng(int.from_bytes(device.rounding_seed(terms.kind, terms.plan.round), "big"))
         weighted = Update({NAME: update}, 1.0, {})
         pipeline = Pipeline(terms.plan.encoding, len(terms.cohort), {NAME: (self._dimension,)}, {})
         encoded = encode_update(weighted, pipeline, terms.place(device.state.index), rng)

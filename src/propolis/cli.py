@@ -148,7 +148,7 @@ def simulate_command(
         _stop(f"interrupted; go on with: propolis simulate --resume {folder}", EXIT_INTERRUPTED)
     if not as_json:
         typer.echo(_summary(result))
-        typer.echo(f"result.json, model.safetensors, curves.png and config.toml are in {folder}")
+        typer.echo(f"{_files_of(result)} are in {folder}")
         _say_registered(result)
     if deliver:
         result |= _deliver(str(registry), result["registered"], settings, as_json)
@@ -185,6 +185,13 @@ def _deliver(registry: str, registered: Mapping[str, Any], settings: Settings, a
 def _say_registered(result: dict[str, Any]) -> None:
     if version := result.get("registered"):
         typer.echo(f"registered as {version['model']} {version['version']} in {version['registry']}")
+
+
+def _files_of(result: dict[str, Any]) -> str:
+    """What a simulation leaves."""
+    if result["protection"] == "he":
+        return "result.json, model.encrypted, the devices that can open it and config.toml"
+    return "result.json, model.safetensors, curves.png and config.toml"
 
 
 def _summary(result: dict[str, Any]) -> str:

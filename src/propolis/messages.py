@@ -79,7 +79,7 @@ def with_model_elsewhere(content: RecordDict, names: Collection[str]) -> RecordD
     """The content with the named arrays emptied: their names, shapes and order stay, for `fill_model`."""
     (record,) = content.array_records.values()
     arrays = {
-        name: Array("float32", array.shape, _ELSEWHERE, b"") if name in names else array
+        name: Array(array.dtype, array.shape, _ELSEWHERE, b"") if name in names else array
         for name, array in record.items()
     }
     return _with_arrays(content, arrays)
@@ -110,6 +110,21 @@ def fill_model(content: RecordDict, values: NDArray[np.float32]) -> RecordDict:
             end = start + prod(record[name].shape)
             filled[name], start = Array(values[start:end].reshape(record[name].shape)), end
     return _with_arrays(content, {name: filled.get(name, array) for name, array in record.items()})
+
+
+def emptied_shapes(content: RecordDict) -> dict[str, tuple[int, ...]]:
+    """The shapes of the emptied arrays of a content by name; raises PeerError where there is not one ArrayRecord."""
+    if len(content.array_records) != 1:
+        raise PeerError(Refusal.MODEL, f"expected one ArrayRecord, got {len(content.array_records)}")
+    (record,) = content.array_records.values()
+    return {name: tuple(array.shape) for name, array in record.items() if array.stype == _ELSEWHERE}
+
+
+def fill_arrays(content: RecordDict, arrays: Mapping[str, NDArray[Any]]) -> RecordDict:
+    """The inverse of `with_model_elsewhere`: `arrays` are the emptied ones by name."""
+    (record,) = content.array_records.values()
+    filled = {name: Array(np.asarray(arrays[name])) if name in arrays else array for name, array in record.items()}
+    return _with_arrays(content, filled)
 
 
 def _with_arrays(content: RecordDict, arrays: dict[str, Array]) -> RecordDict:

@@ -19,13 +19,19 @@ from propolis.secure.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
 
-PROTECTIONS = ("none", "secagg")
+PROTECTIONS = ("none", "secagg", "he")
 CODECS = ("float32", "dense", "thin")
 # What changes a codec; without a value, the codec's own holds.
 _CODEC_PARAMETERS = ("bits", "density", "keep", "update_clip", "wraps", "broadcast_step")
 
+# Bits of a weight under homomorphic encryption: by default, and the fewest that leave it one.
+_ENCRYPTED_BITS, _FEWEST_ENCRYPTED_BITS = 16, 8
+# What needs the mean, or the model, on the server.
+_BLIND_STRATEGIES = ("fedavg", "fedprox")
+_OF_SECAGG_ALONE = ("malicious", "assume_corrupted", "assume_dropped", "codec", *_CODEC_PARAMETERS[1:])
+
 _LARGEST = 2**31 - 1
-_FEWEST_IN_A_SUM = 3
+FEWEST_IN_A_SUM = 3
 
 StrategyName = Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox"]
 
@@ -81,16 +87,25 @@ class Settings(BaseModel):
     )
     workers: int = Field(0, ge=0, le=16, description="Training processes of the local backend; 0 trains in this one.")
     ray_cpus: float = Field(1.0, gt=0, description="CPUs that the ray backend reserves for each device that trains.")
-    protection: str = Field("none", description="How updates are protected: none, or secagg (secure aggregation).")
+    protection: str = Field(
+        "none",
+        description="How updates are protected: none, secagg (secure aggregation) or he (homomorphic encryption).",
+    )
+    he_mode: Literal["public", "seeded"] = Field(
+        "public", description="Key that devices encrypt with under he: the public one, or their own for half the bytes."
+    )
     malicious: bool = Field(False, description="secagg also against a server that lies about who is there.")
     update_range: float = Field(
         1.0,
         gt=0,
         le=1e6,
-        description="Largest change that secagg's first round carries; later it follows the devices.",
+        description="Largest change, under he largest weight, that a first round has room for; later it follows.",
     )
     max_weight: float | None = Field(
-        None, gt=0, le=1e15, description="Largest weight of a device under secagg; the largest device's by default."
+        None,
+        gt=0,
+        le=1e15,
+        description="Largest weight of a device under secagg or he; the largest device's by default.",
     )
     assume_corrupted: float = Field(
         0.1, ge=0, lt=0.5, description="Share of the devices that secagg assumes to collude with the server."
@@ -102,7 +117,7 @@ class Settings(BaseModel):
         "float32", description="How updates and models are encoded under secagg: float32, dense (4 bits) or thin."
     )
     bits: int | None = Field(
-        None, ge=2, le=32, description="Bits that a value costs on the wire; 16, 4 (dense) and 5 (thin) by default."
+        None, ge=2, le=32, description="Bits of a value; 16, 4 (dense) and 5 (thin) by default, and 16 under he."
     )
     density: float | None = Field(
         None, gt=0, le=1, description="Share of the values that travels in a round; all, and a tenth of them in thin."
@@ -143,12 +158,41 @@ class Settings(BaseModel):
         """Whether the server sees sums only."""
         return self.protection != "none"
 
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the server sees no sums either."""
+        return self.protection == "he"
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a weight under homomorphic encryption."""
+        return self.bits or _ENCRYPTED_BITS
+
+    @model_validator(mode="after")
+    def _under_encryption(self) -> Self:
+        if not self.is_encrypted:
+            if self.he_mode != "public":
+                raise ValueError(f"he_mode {self.he_mode} is for homomorphic encryption: set protection to he")
+            return self
+        if odd := [name for name in _OF_SECAGG_ALONE if getattr(self, name) != type(self).model_fields[name].default]:
+            raise ValueError(f"{odd[0]} is for secure aggregation, and means nothing under he: leave it out")
+        if self.strategy not in _BLIND_STRATEGIES:
+            raise ValueError(
+                f"{self.strategy} computes on the mean, which the server does not see under he: "
+                f"use {' or '.join(_BLIND_STRATEGIES)}"
+            )
+        if self.prune:
+            raise ValueError("prune: the server does not see the weights under he, so it cannot prune them")
+        if self.value_bits < _FEWEST_ENCRYPTED_BITS:
+            raise ValueError(f"bits: under he a weight has {_FEWEST_ENCRYPTED_BITS} to 32, got {self.value_bits}")
+        return self
+
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:
         if self.min_clients > self.clients:
             raise ValueError(f"min_clients is {self.min_clients}, but there are only {self.clients} clients")
         sampled = max(int(self.clients * self.fraction), self.min_clients)
-        if self.is_protected and sampled < _FEWEST_IN_A_SUM:
+        if self.is_protected and sampled < FEWEST_IN_A_SUM:
             raise ValueError(f"{sampled} of {self.clients} clients train in a round; a secure sum takes 3 or more")
         if self.malicious and not self.is_protected:
             raise ValueError("malicious is a kind of secagg: set protection to secagg")

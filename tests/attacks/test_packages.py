@@ -173,7 +173,7 @@ def test_a_manifest_for_another_federation_is_refused_although_the_key_is_good(p
 def test_a_delegation_for_another_federation_is_refused_although_the_root_signed_it(publisher: Publisher) -> None:
     package = publisher.seal()
     elsewhere = Root(SigningKey.generate())
-    elsewhere._key, elsewhere.federation = publisher.root._key, elsewhere.federation
+    elsewhere.key, elsewhere.federation = publisher.root.key, elsewhere.federation
     key = release_key(elsewhere)
     manifest = signed_by(key.key, replace(manifest_of(package), federation=elsewhere.federation))
     forged = rewritten(package, delegation=key.delegation, manifest=manifest)

@@ -119,7 +119,7 @@ def signed_by(founded: Founded, root: Root, federation: bytes) -> Signed:
 
 
 def under_another_label(founded: Founded) -> Signed:
-    return sign(labels.INVITATION, founded.root._key.private, founded.roster, identity_pb2.Roster)
+    return sign(labels.INVITATION, founded.root.key.private, founded.roster, identity_pb2.Roster)
 
 
 FORGED_ROSTERS: dict[str, Callable[[Founded], Signed]] = {
@@ -219,7 +219,7 @@ def described_by(key: SigningKey, keys: NeighbourKeys, label: bytes = labels.DES
 FORGED_DESCRIPTORS: dict[str, Callable[[Founded, NeighbourKeys], Signed]] = {
     "made by the server": lambda _, keys: described_by(SERVER, keys),
     "made by another member": lambda f, keys: described_by(f.invitations[2], keys),
-    "signed by the root itself": lambda f, keys: described_by(f.root._key, keys),
+    "signed by the root itself": lambda f, keys: described_by(f.root.key, keys),
     "signed by the device itself": lambda f, keys: described_by(f.federation.devices[1].signing_key, keys),
     "of a place that does not exist": lambda f, keys: described_by(SERVER, keys, index=4),
     "of another federation": lambda f, keys: described_by(f.invitations[1], keys, federation=b"f" * 32),

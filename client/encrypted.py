@@ -1,0 +1,183 @@
+"""The device's end of a round under homomorphic encryption: open the model, train, encrypt, upload.
+
+The tag of a model is checked before anything of it is decrypted, and every refusal of one has the same code. What
+leaves the device is encrypted under the federation's key, and tagged for this attempt alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from propolis.client.local_update import Asked, trained_update
+from propolis.client.state import DeviceStore
+from propolis.messages import (
+    Arrays,
+    broadcast_in,
+    emptied_shapes,
+    fill_arrays,
+    model_in,
+    without_record,
+)
+from propolis.secure.errors import PeerError, Refusal, TrustError, UsageError
+from propolis.secure.he.held import HeldKey, Owner, held_key
+from propolis.secure.he.layout import Opened, Sample
+from propolis.secure.he.messages import EncryptedPlan, EncryptedSum
+from propolis.secure.identity import descriptor_digest
+from propolis.secure.secagg.device import Device, require_roster
+from propolis.secure.secagg.plan import Kind
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class OpenedModel:
+    """The global model, as a device that has the key sees it.
+
+    Attributes:
+        round: after which it is the global model.
+        arrays: by name; with what training left alone, where it comes from a run's file.
+        metrics: weighted means of what the devices said when they trained it.
+        weight: sum of their weights.
+        devices: how many they are.
+        saturated: values that were out of their range and were cut off, over all devices.
+    """
+
+    round: int
+    arrays: dict[str, NDArray[np.generic]]
+    metrics: dict[str, float]
+    weight: float
+    devices: int
+    saturated: int
+
+
+def encrypt_update(
+    store: DeviceStore, request: bytes, message: Message, context: Context, call_next: ClientAppCallable
+) -> bytes:
+    """Answer the one exchange of a round.
+
+    Args:
+        store: the device's.
+        request: the plan.
+        message: with the model, encrypted or, in a first round, as it is.
+        context: for the app.
+        call_next: the app.
+
+    Raises:
+        PeerError, TrustError: the request or the model is refused, or the app's answer is no update.
+    """
+    plan = EncryptedPlan.from_bytes(request)
+    asked = Asked(Kind(plan.kind), plan.weight_key, frozenset(entry.name for entry in plan.entries))
+    asked.require_type(message)
+    broadcast = broadcast_in(message.content)
+    key = _key_of(store)
+    key.require_plan(plan)
+    content = without_record(message.content)
+    if broadcast:
+        content = _with_opened_model(content, plan, key, EncryptedSum.from_bytes(broadcast), store)
+    old = model_in(content)
+    _require_arrays(plan, old)
+
+    def begin(device: Device) -> bytes:
+        require_roster(device.roster(), plan.roster_number, plan.roster_digest)
+        device.require_weight(plan.weight_key)
+        name = (plan.round, plan.attempt)
+        device.require_new(plan.run_id, name)
+        # From here on this attempt is answered: two uploads for it would tell of the tags' key.
+        device.state.note_attempt(plan.run_id, name)
+        return device.rounding_seed(plan.kind, plan.round)
+
+    seed = store.change(begin)
+    message.content = content
+    update = trained_update(message, context, call_next, old, asked, store.policy)
+    arrays = {name: old[name].astype(np.float64) + change for name, change in update.changes.items()}
+    held = {name: array.astype(np.float64) for name, array in old.items() if name in asked.names}
+    rng = np.random.default_rng(int.from_bytes(seed, "big"))
+    sample = Sample(arrays, update.weight, update.metrics)
+    return key.encrypt(plan, sample, held, not broadcast, rng).to_bytes()
+
+
+def open_sum(store: DeviceStore, data: bytes) -> tuple[EncryptedPlan, Opened]:
+    """What the sum of a round says, the metrics of an evaluation for example, to a device that has its key.
+
+    Args:
+        store: the device's.
+        data: the bytes of an `EncryptedSum`.
+
+    Raises:
+        PeerError: it is not what it is said to be; one code, whatever is wrong.
+        TrustError: the device has no such key.
+    """
+    return _key_of(store).open(EncryptedSum.from_bytes(data), store.policy.min_cohort)
+
+
+def open_model(store: DeviceStore, data: bytes) -> OpenedModel:
+    """The global model in a run's file, on a device that has its key.
+
+    Args:
+        store: the device's.
+        data: the file's content.
+
+    Raises:
+        PeerError: it is not what it is said to be; one code, whatever is wrong.
+        TrustError: the device has no such key.
+    """
+    total = EncryptedSum.from_bytes(data)
+    plan, opened = open_sum(store, data)
+    if plan.kind != Kind.TRAIN:
+        raise PeerError(Refusal.MODEL, "these are the metrics of an evaluation, and no model")
+    frozen = {}
+    if total.frozen:
+        try:
+            frozen = load(total.frozen)
+        except SafetensorError:
+            raise PeerError(Refusal.MODEL, "what training left alone is no safetensors file") from None
+    metrics, devices = dict(opened.metrics), len(total.devices)
+    return OpenedModel(plan.round, {**frozen, **opened.arrays}, metrics, opened.weight, devices, opened.saturated)
+
+
+def open_model_file(store: DeviceStore, path: Path) -> OpenedModel:
+    """`open_model` of a file; raises UsageError where it cannot be read."""
+    try:
+        return open_model(store, path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _key_of(store: DeviceStore) -> HeldKey:
+    """The device's key, if whoever made it may still make keys."""
+    data = store.he_key()
+    if data is None:
+        raise TrustError(Refusal.HE_KEY, "this device has no key of homomorphic encryption")
+
+    def held(device: Device) -> HeldKey:
+        state = device.state
+        owner = Owner(state.index, descriptor_digest(state.descriptor), state.hpke_private)
+        return held_key(data, state.root_key, device.roster(), owner, device.now)
+
+    return store.change(held)
+
+
+def _with_opened_model(
+    content: RecordDict, plan: EncryptedPlan, key: HeldKey, total: EncryptedSum, store: DeviceStore
+) -> RecordDict:
+    """What the application put into a message, with the model that came encrypted."""
+    made_by, opened = key.open(total, store.policy.min_cohort)
+    if made_by.kind != Kind.TRAIN or (plan.kind == Kind.TRAIN and made_by.entries != plan.entries):
+        raise PeerError(Refusal.MODEL, "the encrypted model is not of the arrays that the round is for")
+    if emptied_shapes(content) != {entry.name: entry.shape for entry in made_by.entries}:
+        raise PeerError(Refusal.MODEL, "the encrypted model is not of the arrays that the message leaves out")
+    return fill_arrays(content, opened.arrays)
+
+
+def _require_arrays(plan: EncryptedPlan, model: Arrays) -> None:
+    """Refuse a plan that calls for other arrays than the model has."""
+    for entry in plan.entries:
+        array = model.get(entry.name)
+        if array is None or (str(array.dtype), array.shape) != (entry.dtype, entry.shape):
+            raise PeerError(Refusal.MODEL, f"{entry.name} is not an array of {entry.dtype} and shape {entry.shape}")

@@ -1,0 +1,192 @@
+"""A key of homomorphic encryption on a device: where it comes from, and what the device does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from propolis.protos import he_pb2 as pb
+from propolis.secure.errors import PeerError, Refusal, TrustError
+from propolis.secure.he.bfv import Scheme
+from propolis.secure.he.keys import (
+    LARGEST_MATERIAL,
+    PublicKey,
+    Secret,
+    open_key,
+    read_material,
+    verify_holder,
+    verify_key,
+)
+from propolis.secure.he.layout import Arrays, Layout, Opened, Sample
+from propolis.secure.he.messages import EncryptedPlan, EncryptedSum, EncryptedUpload, pieces
+from propolis.secure.he.parameters import Parameters
+from propolis.secure.he.stream import Declared, encrypt_vector, open_vector
+from propolis.secure.he.tag import Tags, refused, tag_bytes
+from propolis.secure.identity import Signed, TrustedRoster
+from propolis.secure.wire import decode, encode, sized, version_field
+
+_LARGEST_SEALED = 2**19
+LARGEST_BUNDLE = LARGEST_MATERIAL + _LARGEST_SEALED + 2**12
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class KeyBundle:
+    """What a device keeps of a key; the secret part is sealed to it.
+
+    Attributes:
+        holder: delegation of who made the key, by the root.
+        statement: on the key, by the holder.
+        material: all that is public about it.
+        sealed: the secret part, for this device.
+    """
+
+    holder: Signed
+    statement: Signed
+    material: bytes = sized(1, LARGEST_MATERIAL)
+    sealed: bytes = sized(1, _LARGEST_SEALED)
+    version: int = version_field()
+
+    def to_bytes(self) -> bytes:
+        """As it travels, and as a device keeps it."""
+        return encode(self, pb.KeyBundle)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> KeyBundle:
+        """From bytes; raises PeerError when they are none."""
+        return decode(cls, data, pb.KeyBundle, LARGEST_BUNDLE)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Owner:
+    """The device that opens a bundle.
+
+    Attributes:
+        index: its place in the roster.
+        descriptor: digest of its descriptor, 32 bytes.
+        hpke_private: what the secret part is sealed to.
+    """
+
+    index: int
+    descriptor: bytes
+    hpke_private: bytes
+
+
+class HeldKey:
+    """A device's key, whose origin `held_key` has checked.
+
+    Args:
+        public: what everybody may know.
+        secret: what devices know.
+        device: this one's index.
+    """
+
+    def __init__(self, public: PublicKey, secret: Secret, device: int) -> None:
+        self._scheme = scheme_of(public.parameters)
+        self._mac_key, self._device = secret.mac_key, device
+        self.public = public
+        self._decryptor = self._scheme.decryptor(secret.secret_key, public.key_id)
+        self._encryptor = (
+            self._scheme.secret_encryptor(secret.secret_key, public.key_id)
+            if public.parameters.seeded
+            else self._scheme.public_encryptor(public.public_key, public.key_id)
+        )
+
+    def require_plan(self, plan: EncryptedPlan) -> None:
+        """Refuse what is under another key; raises TrustError."""
+        if plan.key_id != self.public.key_id:
+            raise TrustError(Refusal.HE_KEY, "the round is under another key than this device's")
+
+    def encrypt(
+        self, plan: EncryptedPlan, sample: Sample, model: Arrays, first: bool, rng: np.random.Generator
+    ) -> EncryptedUpload:
+        """A device's upload; a plan must never be answered twice.
+
+        Args:
+            plan: of the attempt.
+            sample: what the device has to say.
+            model: the global model that it trained.
+            first: whether that is the public one that a run begins with.
+            rng: for the rounding.
+
+        Raises:
+            PeerError: see `Layout.encode`.
+        """
+        names = tuple(sorted(sample.metrics))
+        layout = layout_of(plan, names, self.public.parameters)
+        values = layout.encode(sample, model, first, rng)
+        ciphertexts = encrypt_vector(values, self._encryptor, self._tags(plan, names, layout), self._device)
+        return EncryptedUpload(plan.tag, names, b"".join(ciphertexts))
+
+    def open(self, total: EncryptedSum, floor: int) -> tuple[EncryptedPlan, Opened]:
+        """The sum of a round: the plan that it was made under, and what it says.
+
+        Args:
+            total: as it came.
+            floor: fewest devices that this one opens a sum of.
+
+        Raises:
+            PeerError: with one code and one text, whatever is wrong with it.
+        """
+        try:
+            plan = EncryptedPlan.from_bytes(total.plan)
+            self.require_plan(plan)
+            sums = self._sums(plan, total, floor)
+            return plan, layout_of(plan, total.metrics, self.public.parameters).decode(sums, len(total.devices))
+        except (PeerError, TrustError):
+            raise refused() from None
+
+    def _sums(self, plan: EncryptedPlan, total: EncryptedSum, floor: int) -> NDArray[np.int64]:
+        layout = layout_of(plan, total.metrics, self.public.parameters)
+        tags = self._tags(plan, total.metrics, layout)
+        size = self._scheme.ciphertext_bytes + tag_bytes(self.public.parameters)
+        if len(total.ciphertexts) != size * tags.chunks:
+            raise refused()
+        declared = Declared(total.devices, floor, layout.count)
+        return open_vector(pieces(total.ciphertexts, size), self._decryptor, tags, declared)
+
+    def _tags(self, plan: EncryptedPlan, metrics: Sequence[str], layout: Layout) -> Tags:
+        parameters = self.public.parameters
+        return Tags(self._mac_key, plan.round_id(tuple(metrics)), parameters, parameters.ciphertexts(layout.count))
+
+
+def held_key(data: bytes, root_key: bytes, roster: TrustedRoster, owner: Owner, now: float) -> HeldKey:
+    """The key in a device's bundle.
+
+    Args:
+        data: the bundle.
+        root_key: of the federation, 32 bytes.
+        roster: the newest that the device knows.
+        owner: the device.
+        now: seconds since 1970.
+
+    Raises:
+        TrustError: no holder that the root delegates, and that is not revoked, stands behind it, or it is not for
+            this device.
+        PeerError: it is malformed.
+    """
+    bundle = KeyBundle.from_bytes(data)
+    holder = verify_holder(root_key, roster, bundle.holder, now)
+    public = read_material(roster.roster.federation, bundle.material)
+    verify_key(holder, bundle.statement, public)
+    return _opened(bundle, public, owner)
+
+
+def layout_of(plan: EncryptedPlan, metrics: Sequence[str], parameters: Parameters) -> Layout:
+    """Which integer is what, under a key of these parameters."""
+    return Layout(plan, metrics, parameters.clients, parameters.value_bits)
+
+
+@lru_cache(maxsize=4)
+def scheme_of(parameters: Parameters) -> Scheme:
+    """BFV with these parameters, made once."""
+    return Scheme(parameters)
+
+
+@lru_cache(maxsize=256)
+def _opened(bundle: KeyBundle, public: PublicKey, owner: Owner) -> HeldKey:
+    """The key, opened once in a process: the devices of a simulation are asked again and again."""
+    return HeldKey(public, open_key(bundle.sealed, public, owner.descriptor, owner.hpke_private), owner.index)

@@ -1,0 +1,310 @@
+"""`HeGrid`: any Flower Grid, and a server that adds up what it cannot read, and sends on what it cannot read.
+
+One exchange a round: each device gets the encrypted model, trains, and sends its weights encrypted, which are added
+to one sum as they come. Whoever does not answer is not in the sum, which costs nothing else. The strategy chooses the
+devices and the configuration; the model that it sees is the public one that the run began with, all the time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+from numpy.typing import NDArray
+
+from propolis.messages import RECORD, Arrays, with_model_elsewhere
+from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, UsageError
+from propolis.secure.he.held import layout_of, scheme_of
+from propolis.secure.he.keys import PublicKey
+from propolis.secure.he.layout import SMALLEST_VALUE_BITS
+from propolis.secure.he.messages import (
+    LONGEST_NAME,
+    MOST_METRICS,
+    EncryptedPlan,
+    EncryptedSum,
+    EncryptedUpload,
+    Entry,
+    pieces,
+)
+from propolis.secure.he.stream import Totals
+from propolis.secure.he.tag import tag_bytes
+from propolis.secure.identity import TrustedRoster
+from propolis.secure.secagg.messages import to_bitmap
+from propolis.secure.secagg.plan import Kind
+from propolis.secure.secagg.states import Exchange
+from propolis.server.batch import Batch, Outcome
+from propolis.server.channel import Channel, Content
+from propolis.server.directory import Directory
+from propolis.server.protected_grid import HANDSHAKE_S, Attempts, ProtectedGrid
+from propolis.server.secure_round import say_hello
+
+# What an upload may be longer than its ciphertexts: the names of its metrics.
+_AROUND_CIPHERTEXTS = MOST_METRICS * (LONGEST_NAME + 8) + 256
+
+
+@dataclass(frozen=True, slots=True)
+class Encryption:
+    """How a federation's rounds are encrypted.
+
+    Attributes:
+        key: its public part, which is all that the server has.
+        max_weight: largest weight of a device, public; a larger one is cut to it.
+        range: smallest magnitude of a weight that the first round has room for; later ones follow the model.
+        min_clients: fewest devices that a sum is over; devices have a floor of their own.
+        attempts: times that a batch is tried.
+    """
+
+    key: PublicKey
+    max_weight: float
+    range: float = 1.0
+    min_clients: int = 3
+    attempts: int = 3
+
+    def __post_init__(self) -> None:
+        if not (0 < self.max_weight < inf and 1e-12 <= self.range <= 1e12):
+            raise UsageError("an Encryption needs max_weight > 0 and a range in 1e-12..1e12")
+        if self.attempts < 1 or self.min_clients < 1:
+            raise UsageError("an Encryption needs attempts and min_clients of at least 1")
+        if self.key.parameters.value_bits < SMALLEST_VALUE_BITS:
+            bits = self.key.parameters.value_bits
+            raise UsageError(f"weights need {SMALLEST_VALUE_BITS} bits or more, and the key is for {bits}")
+
+
+class HeGrid(ProtectedGrid):
+    """Turns each batch of train or evaluate messages into one encrypted round.
+
+    The one reply has the arrays of the messages as they were, and says how many devices took part; what they
+    trained, and their metrics, are in `model` and `evaluation`, which who has the key opens.
+
+    Args:
+        grid: any Flower Grid.
+        strategy: that will aggregate the reply.
+        roster: who may take part, verified.
+        encryption: see `Encryption`.
+        exact: names of arrays that need more than a coarse grid, such as running statistics; integers always do.
+        frozen: names of arrays that devices do not send back.
+        cancelled: set by somebody else to end a wait.
+
+    Attributes:
+        model: the global model; None before the first round.
+        evaluation: the metrics of the last evaluation; None before the first one.
+
+    Raises:
+        UsageError: the strategy computes on the mean; or TenSEAL is not installed.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        strategy: Strategy,
+        roster: TrustedRoster,
+        encryption: Encryption,
+        *,
+        exact: Iterable[str] = (),
+        frozen: Iterable[str] = (),
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        super().__init__(grid, cancelled)
+        require_blind(strategy)
+        scheme_of(encryption.key.parameters)  # find out now whether TenSEAL is there
+        self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
+        self._roster, self._encryption, self._attempts = roster, encryption, encryption.attempts
+        self._exact, self._frozen = frozenset(exact), frozenset(frozen)
+        self._directory = Directory(roster, bound=self.binds_identities)
+        self._names = Attempts()
+        self._metrics: dict[Kind, tuple[str, ...]] = {}  # what most devices sent last
+        self.model: EncryptedSum | None = None
+        self.evaluation: EncryptedSum | None = None
+        # The model before it, None being the public one; nothing where there is none to go back to.
+        self._before: list[EncryptedSum | None] = []
+
+    def renew(self, roster: TrustedRoster) -> None:
+        """See `ProtectedGrid.renew`."""
+        if roster.number > self._roster.number:
+            self._roster = roster
+            self._directory.renew(roster)
+
+    def resume_from(self, metrics: Mapping[str, float], state: Mapping[str, NDArray[Any]]) -> None:
+        """See `ProtectedGrid.resume_from`; raises UsageError where the state is no encrypted model of this key."""
+        try:
+            self.model, self.evaluation, before = (
+                EncryptedSum.from_bytes(state[name].tobytes()) if len(state.get(name, ())) else None
+                for name in ("model", "evaluation", "before")
+            )
+            self._before = [before] if "before" in state else []
+            of_key = self.model is not None and EncryptedPlan.from_bytes(self.model.plan).key_id
+        except PeerError as error:
+            raise UsageError(f"the run's state holds no encrypted model: {error}") from None
+        if of_key != self._encryption.key.key_id:
+            raise UsageError("the run's model is encrypted under another key than the federation's")
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The encrypted model, the one before it and the evaluation, as bytes; none of the public model."""
+        sums = {"model": self.model, "evaluation": self.evaluation}
+        data = {name: total.to_bytes() for name, total in sums.items() if total is not None}
+        for before in self._before:
+            data["before"] = before.to_bytes() if before else b""
+        return {name: np.frombuffer(each, np.uint8) for name, each in data.items()}
+
+    def _prepared(self, batch: Batch) -> Batch:
+        return batch
+
+    def _round(self, batch: Batch) -> Message:
+        channel = Channel(self.inner, batch.message_type, batch.messages[0].metadata.group_id, self._cancelled)
+        handshake = min(batch.timeout, HANDSHAKE_S)
+        say_hello(channel, self._directory, self._roster.signed, batch.node_ids, handshake)
+        nodes = self._directory.members(batch.node_ids)
+        self._require(len(nodes), f"of {len(batch.messages)} devices said hello", channel)
+        if len(nodes) > (most := self._encryption.key.parameters.clients):
+            raise UsageError(f"{len(nodes)} devices in a round: the key has room for {most}; make one for more")
+        plan = self._plan(batch)
+        round_ = _EncryptedRound(channel, plan, self._encryption.key, self._metrics.get(batch.kind))
+        round_.upload(nodes, self._content(batch), batch.timeout)
+        if round_.offered:
+            self._metrics[batch.kind] = Counter(round_.offered).most_common(1)[0][0]
+        more = self._step_back(batch.kind, channel, len(nodes))
+        self._require(len(round_.alive), f"of {len(nodes)} devices sent an encrypted update{more}", channel)
+        total = round_.total(len(self._roster.roster.entries))
+        if batch.kind is Kind.TRAIN:
+            self._before, self.model = [self.model], total
+        else:
+            self.evaluation = total
+        return self._reply(batch, len(round_.alive), channel)
+
+    def _step_back(self, kind: Kind, channel: Channel, asked: int) -> str:
+        """Go back to the model before where so many devices refuse this one that no round can go on from it.
+
+        It is a sum of fewer devices than they insist on, or one of them has sent what was no update, which nobody but
+        who has the key can see. Returns what to say of it.
+        """
+        refusals = sum(refusal is Refusal.CIPHERTEXT for refusal in channel.refusals.values())
+        if asked - refusals >= self._encryption.min_clients or kind is not Kind.TRAIN or not self._before:
+            return ""
+        self.model = self._before.pop()
+        return f", {refusals} refused the model of the round before, which is therefore given up"
+
+    def _require(self, count: int, what: str, channel: Channel) -> None:
+        if count < (least := self._encryption.min_clients):
+            raise TooFewPeersError(f"{count} {what}, {least} are needed{channel.said}")
+
+    def _plan(self, batch: Batch) -> EncryptedPlan:
+        self._names.next(batch.server_round)
+        entries = self._entries(batch.model) if batch.kind is Kind.TRAIN else ()
+        encryption = self._encryption
+        return EncryptedPlan(
+            run_id=self._names.run_id,
+            round=self._names.number,
+            attempt=self._names.attempt,
+            kind=batch.kind,
+            roster_number=self._roster.number,
+            roster_digest=self._roster.digest,
+            key_id=encryption.key.key_id,
+            weight_key=self._weight_key,
+            max_weight=encryption.max_weight,
+            range=encryption.range,
+            entries=entries,
+        )
+
+    def _entries(self, model: Arrays) -> tuple[Entry, ...]:
+        """The arrays that devices send."""
+        return tuple(
+            Entry(name, str(array.dtype), array.shape, name in self._exact or array.dtype.kind != "f")
+            for name, array in model.items()
+            if name not in self._frozen
+        )
+
+    def _content(self, batch: Batch) -> Content:
+        """The application's content, in which the arrays that devices trained are left out once they are encrypted."""
+        if self.model is None:
+            return Content(batch.content)
+        names = {entry.name for entry in EncryptedPlan.from_bytes(self.model.plan).entries}
+        return Content(with_model_elsewhere(batch.content, names), self.model.to_bytes())
+
+    def _reply(self, batch: Batch, alive: int, channel: Channel) -> Message:
+        """What a strategy can average without learning anything: the arrays that it knows, from so many devices."""
+        content = RecordDict()
+        if batch.kind is Kind.TRAIN:
+            record = batch.content.array_records[batch.model_key]
+            content[batch.model_key] = ArrayRecord({n: a for n, a in record.items() if n not in self._frozen})
+        content["metrics"] = MetricRecord({self._weight_key: float(alive)})
+        content[RECORD] = Outcome(alive, len(batch.messages), tuple(channel.failures.values())).record()
+        return Message(content, reply_to=batch.messages[0])
+
+
+class _EncryptedRound:
+    """One attempt: the devices' uploads, added up as they come.
+
+    Attributes:
+        alive: indices of the devices in the sum.
+        offered: the names of the metrics that each device had.
+    """
+
+    def __init__(self, channel: Channel, plan: EncryptedPlan, key: PublicKey, metrics: tuple[str, ...] | None) -> None:
+        self._channel, self._plan, self._key, self._metrics = channel, plan, key, metrics
+        self._scheme = scheme_of(key.parameters)
+        self._size = self._scheme.upload_bytes + tag_bytes(key.parameters)
+        self._limit = self._chunks(("",) * MOST_METRICS) * self._size + _AROUND_CIPHERTEXTS
+        self._totals: Totals | None = None
+        self.alive: list[int] = []
+        self.offered: list[tuple[str, ...]] = []
+
+    def upload(self, nodes: Mapping[int, int], content: Content, timeout: float) -> None:
+        """Have the devices train, and add up what they send; a device whose reply is refused is a drop-out."""
+        indices = {node_id: index for index, node_id in nodes.items()}
+        bodies = dict.fromkeys(indices, self._plan.encoded)
+        for node_id, body in self._channel.ask(Exchange.ENCRYPT, bodies, timeout, lambda _: content):
+            try:
+                self._take(indices[node_id], body)
+            except RefusedError as error:
+                self._channel.failures[node_id] = f"{Exchange.ENCRYPT.label}: {error}"
+
+    def total(self, members: int) -> EncryptedSum:
+        """The sum, over a roster of so many members."""
+        if self._totals is None:
+            raise AssertionError("nothing has been added up")
+        ciphertexts = b"".join(self._totals.ciphertexts())
+        alive = to_bitmap(sorted(self.alive), members)
+        return EncryptedSum(self._plan.encoded, alive, self._metrics or (), ciphertexts)
+
+    def _take(self, index: int, body: bytes) -> None:
+        upload = EncryptedUpload.from_bytes(body, self._limit)
+        if upload.round_tag != self._plan.tag:
+            raise PeerError(Refusal.STALE, f"device {index} answers another attempt than this one")
+        self.offered.append(upload.metrics)
+        metrics = upload.metrics if self._metrics is None else self._metrics
+        if upload.metrics != metrics:
+            raise PeerError(Refusal.MODEL, f"device {index} has other metrics than the others")
+        chunks, sent = self._chunks(metrics), len(upload.ciphertexts)
+        if sent != chunks * self._size:
+            raise PeerError(Refusal.MALFORMED, f"device {index} sent {sent} bytes, not {chunks * self._size}")
+        totals = self._totals or Totals(self._scheme.adder(self._key.key_id), chunks)
+        totals.add(pieces(upload.ciphertexts, self._size))
+        self._totals, self._metrics = totals, metrics
+        self.alive.append(index)
+
+    def _chunks(self, metrics: Sequence[str]) -> int:
+        """Ciphertexts of an upload with these metrics."""
+        return self._key.parameters.ciphertexts(layout_of(self._plan, metrics, self._key.parameters).count)
+
+
+def require_blind(strategy: Strategy) -> None:
+    """Refuse a strategy that does anything with the mean but to take it, see `FedAvg.aggregate_train`.
+
+    Raises:
+        UsageError: it is one; the message names it.
+    """
+    if isinstance(strategy, FedAvg) and type(strategy).aggregate_train is FedAvg.aggregate_train:
+        return
+    named = next((base for base in type(strategy).__mro__ if "aggregate_train" in vars(base)), type(strategy))
+    raise UsageError(
+        f"{named.__name__} computes on updates or on their mean, and under homomorphic encryption the server sees "
+        "neither; use FedAvg or FedProx"
+    )

@@ -1,0 +1,124 @@
+"""Flower devices that have a key of homomorphic encryption, in this process, and an HeGrid around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp.strategy import FedAvg, Strategy
+from secure_app import MODEL, Arrays, Wire, Work, app_of, body_of, honest, mean_shift, record
+
+from propolis.client.encrypted import OpenedModel, open_model, open_sum
+from propolis.client.state import DeviceStore, MemoryStore
+from propolis.flower import with_content
+from propolis.messages import RECORD, protocol_record
+from propolis.secure.he.layout import Opened
+from propolis.secure.he.messages import EncryptedSum
+from propolis.secure.he.parameters import choose
+from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.states import Exchange
+from propolis.server.he_grid import Encryption, HeGrid
+from propolis.simulations.federation import SIMULATED, EncryptionKeys, Federation, make_encryption_keys, make_federation
+from propolis.simulations.local import LocalGrid
+
+
+@cache
+def encrypted_federation(devices: int, seeded: bool = False, bits: int = 16, number: int = 0) -> Federation:
+    """Keys take a moment to make; nothing of a federation is changed by what uses it."""
+    return make_federation(devices, 0, choose(devices, bits, seeded=seeded))
+
+
+def another_key(federation: Federation, clients: int | None = None, bits: int = 16) -> EncryptionKeys:
+    """One that the same root stands behind."""
+    parameters = choose(clients or len(federation.devices), bits)
+    return make_encryption_keys(federation.root, federation.devices, parameters)
+
+
+class EncryptedHive:
+    """Some devices that work as told, node id = index + 1, and an encrypting grid around them."""
+
+    def __init__(
+        self,
+        devices: int = 5,
+        work: Work = honest,
+        *,
+        policy: Policy = SIMULATED,
+        strategy: Strategy | None = None,
+        federation: Federation | None = None,
+        seeded: bool = False,
+        exact: Iterable[str] = (),
+        frozen: Iterable[str] = (),
+        **encryption: Any,
+    ) -> None:
+        self.federation = federation or encrypted_federation(devices, seeded)
+        assert self.federation.he is not None
+        self.keys = self.federation.he
+        self.stores: list[DeviceStore] = [
+            MemoryStore(state.copy(), policy, he_key=bundle)
+            for state, bundle in zip(self.federation.devices, self.keys.bundles, strict=True)
+        ]
+        self.wire = Wire(LocalGrid(partial(app_of, work, self._store), devices))
+        self.encryption = Encryption(**{"key": self.keys.public, "max_weight": float(devices), **encryption})
+        self._more = {"exact": exact, "frozen": frozen}
+        self.grid = self.new_grid(strategy or FedAvg())
+
+    def new_grid(self, strategy: Strategy) -> HeGrid:
+        """A server that knows nothing of what was before."""
+        return HeGrid(self.wire, strategy, self.federation.verified_roster, self.encryption, **self._more)
+
+    def messages(
+        self, kind: str = "train", model: Arrays = MODEL, nodes: Iterable[int] | None = None, **config: Any
+    ) -> list[Message]:
+        records = RecordDict({"arrays": record(model), "config": ConfigRecord(config)})
+        chosen = self.wire.get_node_ids() if nodes is None else nodes
+        return [self.grid.create_message(records, kind, node_id, "") for node_id in chosen]
+
+    def round(
+        self, kind: str = "train", model: Arrays = MODEL, nodes: Iterable[int] | None = None, **config: Any
+    ) -> Message:
+        """The one reply to one round."""
+        (reply,) = self.grid.send_and_receive(self.messages(kind, model, nodes, **config), timeout=60)
+        return reply
+
+    def opened(self, device: int = 0) -> OpenedModel:
+        """The global model as a device sees it."""
+        assert self.grid.model is not None
+        return open_model(self.stores[device], self.grid.model.to_bytes())
+
+    def evaluation(self, device: int = 0) -> Opened:
+        """The devices' metrics of the model as one of them sees them."""
+        assert self.grid.evaluation is not None
+        return open_sum(self.stores[device], self.grid.evaluation.to_bytes())[1]
+
+    def lie(self, **changes: Any) -> None:
+        """Have devices get another sum than the true one from here on."""
+        assert self.grid.model is not None
+        broadcast = replace(self.grid.model, **changes).to_bytes()
+
+        def deliver(exchange: str, message: Message) -> Message:
+            if exchange != "encrypt":
+                return message
+            told = protocol_record(Exchange.ENCRYPT, body_of(message), broadcast)
+            return with_content(message, RecordDict({**message.content, RECORD: told}))
+
+        self.wire.deliver = deliver
+
+    def _store(self, context: Context) -> DeviceStore:
+        return self.stores[int(context.node_config["partition-id"])]
+
+
+def require_opened(opened: OpenedModel, base: Arrays, indices: Iterable[int], tolerance: float = 2e-4) -> None:
+    """That a model is the mean of these honest devices after one round from `base`."""
+    shifted = mean_shift(indices)
+    assert opened.arrays.keys() == base.keys()
+    for name, array in opened.arrays.items():
+        np.testing.assert_allclose(array, base[name] + shifted, atol=tolerance)
+
+
+def sum_of(hive: EncryptedHive) -> EncryptedSum:
+    assert hive.grid.model is not None
+    return hive.grid.model
