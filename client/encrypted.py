@@ -79,7 +79,8 @@ def encrypt_update(
     key.require_plan(plan)
     content = without_record(message.content)
     if broadcast:
-        content = _with_opened_model(content, plan, key, EncryptedSum.from_bytes(broadcast), store)
+        made_by, opened = key.open(EncryptedSum.from_bytes(broadcast), store.policy.min_cohort)
+        content = _with_model(content, made_by, opened)
     old = model_in(content)
     _require_arrays(plan, old)
 
@@ -163,13 +164,8 @@ def _key_of(store: DeviceStore) -> HeldKey:
     return store.change(held)
 
 
-def _with_opened_model(
-    content: RecordDict, plan: EncryptedPlan, key: HeldKey, total: EncryptedSum, store: DeviceStore
-) -> RecordDict:
+def _with_model(content: RecordDict, made_by: EncryptedPlan, opened: Opened) -> RecordDict:
     """What the application put into a message, with the model that came encrypted."""
-    made_by, opened = key.open(total, store.policy.min_cohort)
-    if made_by.kind != Kind.TRAIN or (plan.kind == Kind.TRAIN and made_by.entries != plan.entries):
-        raise PeerError(Refusal.MODEL, "the encrypted model is not of the arrays that the round is for")
     if emptied_shapes(content) != {entry.name: entry.shape for entry in made_by.entries}:
         raise PeerError(Refusal.MODEL, "the encrypted model is not of the arrays that the message leaves out")
     return fill_arrays(content, opened.arrays)

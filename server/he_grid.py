@@ -282,10 +282,7 @@ class _EncryptedRound:
         metrics = upload.metrics if self._metrics is None else self._metrics
         if upload.metrics != metrics:
             raise PeerError(Refusal.MODEL, f"device {index} has other metrics than the others")
-        chunks, sent = self._chunks(metrics), len(upload.ciphertexts)
-        if sent != chunks * self._size:
-            raise PeerError(Refusal.MALFORMED, f"device {index} sent {sent} bytes, not {chunks * self._size}")
-        totals = self._totals or Totals(self._scheme.adder(self._key.key_id), chunks)
+        totals = self._totals or Totals(self._scheme.adder(self._key.key_id), self._chunks(metrics))
         totals.add(pieces(upload.ciphertexts, self._size))
         self._totals, self._metrics = totals, metrics
         self.alive.append(index)

@@ -84,7 +84,7 @@ def _witnessed(
     def over(rounds: Rounds, cancelled: threading.Event) -> None:
         nonlocal begun
         begun = True
-        if not options.resume:
+        if not (options.resume and (options.out / DEVICES).is_dir()):
             keep_federation(federation, options.out / DEVICES)
         _over_backend(settings, federation, (witness,), rounds, cancelled)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from propolis.protos import he_pb2 as pb
 from propolis.secure.errors import PeerError, Refusal, TrustError
-from propolis.secure.he.bfv import Scheme
+from propolis.secure.he.bfv import Decryptor, Encryptor, Scheme
 from propolis.secure.he.keys import (
     LARGEST_MATERIAL,
     PublicKey,
@@ -87,13 +87,8 @@ class HeldKey:
     def __init__(self, public: PublicKey, secret: Secret, device: int) -> None:
         self._scheme = scheme_of(public.parameters)
         self._mac_key, self._device = secret.mac_key, device
+        self._encryptor, self._decryptor = _ciphers(public, secret)
         self.public = public
-        self._decryptor = self._scheme.decryptor(secret.secret_key, public.key_id)
-        self._encryptor = (
-            self._scheme.secret_encryptor(secret.secret_key, public.key_id)
-            if public.parameters.seeded
-            else self._scheme.public_encryptor(public.public_key, public.key_id)
-        )
 
     def require_plan(self, plan: EncryptedPlan) -> None:
         """Refuse what is under another key; raises TrustError."""
@@ -133,10 +128,9 @@ class HeldKey:
         """
         try:
             plan = EncryptedPlan.from_bytes(total.plan)
-            self.require_plan(plan)
             sums = self._sums(plan, total, floor)
             return plan, layout_of(plan, total.metrics, self.public.parameters).decode(sums, len(total.devices))
-        except (PeerError, TrustError):
+        except PeerError:
             raise refused() from None
 
     def _sums(self, plan: EncryptedPlan, total: EncryptedSum, floor: int) -> NDArray[np.int64]:
@@ -186,7 +180,17 @@ def scheme_of(parameters: Parameters) -> Scheme:
     return Scheme(parameters)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4)
+def _ciphers(public: PublicKey, secret: Secret) -> tuple[Encryptor, Decryptor]:
+    """What works with a key: the same for all devices of a process, whose key is one."""
+    scheme = scheme_of(public.parameters)
+    decryptor = scheme.decryptor(secret.secret_key, public.key_id)
+    if public.parameters.seeded:
+        return scheme.secret_encryptor(secret.secret_key, public.key_id), decryptor
+    return scheme.public_encryptor(public.public_key, public.key_id), decryptor
+
+
+@lru_cache(maxsize=1024)
 def _opened(bundle: KeyBundle, public: PublicKey, owner: Owner) -> HeldKey:
     """The key, opened once in a process: the devices of a simulation are asked again and again."""
     return HeldKey(public, open_key(bundle.sealed, public, owner.descriptor, owner.hpke_private), owner.index)

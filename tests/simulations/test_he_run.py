@@ -26,7 +26,7 @@ from propolis.server.app import FederatedRun, Members, initial_model
 from propolis.server.checkpoint import RunState
 from propolis.server.job import RunOptions, settings_to_resume
 from propolis.server.report import write_results
-from propolis.settings import Settings
+from propolis.settings import Settings, load_settings
 from propolis.simulations.dropout import DropoutGrid, steps_of
 from propolis.simulations.federation import (
     DevicesInMemory,
@@ -157,6 +157,20 @@ def test_another_runs_folder_is_left_alone(tmp_path: Path) -> None:
     assert opened(tmp_path).arrays.keys() == before[1].keys()
     simulate(job(rounds=2), RunOptions(tmp_path, force=True))
     assert opened(tmp_path).round == 2
+    (tmp_path / "result.json").write_text('{"history": []}')
+    with pytest.raises(UsageError, match="holds another run"):
+        simulate(job(rounds=2), RunOptions(tmp_path))
+    assert result_of(tmp_path) == {"history": []}
+
+
+def test_a_run_that_was_killed_in_its_first_round_is_begun_anew_with_keys_that_last(tmp_path: Path) -> None:
+    simulate(job(rounds=1), RunOptions(tmp_path / "before"))
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "before" / "config.toml").rename(tmp_path / "killed" / "config.toml")
+    simulate(settings_to_resume(tmp_path / "killed", {}), RunOptions(tmp_path / "killed", resume=True))
+    assert opened(tmp_path / "killed").round == 1
+    simulate(settings_to_resume(tmp_path / "killed", {"rounds": 2}), RunOptions(tmp_path / "killed", resume=True))
+    assert opened(tmp_path / "killed").round == 2
 
 
 def test_one_seed_one_model_bit_for_bit_whatever_keys_modes_and_workers(tmp_path: Path) -> None:
@@ -235,6 +249,14 @@ def test_devices_lost_at_any_exchange_leave_a_run_that_learns() -> None:
     assert sum(record.dropped for record in history) > 5
 
 
+def test_device_processes_behind_the_link_train_encrypted(tmp_path: Path) -> None:
+    settings = job(clients=3, rounds=2, backend="link", evaluate_fraction=1.0)
+    linked = simulate(settings, RunOptions(tmp_path / "link"))["opened"]
+    local = simulate(settings.model_copy(update={"backend": "local"}), RunOptions(tmp_path / "local"))["opened"]
+    assert linked == local
+    assert arrays_equal(tmp_path / "link", tmp_path / "local")
+
+
 # Mistakes are one line
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -254,20 +276,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         )
         for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
     ),
-    ({"he_mode": "private"}, "'private' is not one of 'public', 'seeded'"),
+    ({"he_mode": "private"}, "he_mode: expected 'public' or 'seeded'"),
     ({"protection": "none", "he_mode": "seeded"}, "he_mode seeded is for homomorphic encryption: set protection to he"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "why"), REFUSED, ids=lambda v: str(v)[:40])
-def test_combinations_that_make_no_sense_are_one_line(changes: dict[str, Any], why: str, mistake: Any) -> None:
-    settings = {"protection": "he", **changes}
-    flags = [
-        word
-        for key, value in settings.items()
-        for word in ((f"--{key}",) if value is True else (f"--{key.replace('_', '-')}", str(value)))
-    ]
-    assert why in mistake("simulate", *flags)
+def test_combinations_that_make_no_sense_are_one_line(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_settings(overrides={"protection": "he", **changes})
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_the_flags_is_one_line(mistake: Any) -> None:
+    assert "use fedavg or fedprox" in mistake("simulate", "--protection", "he", "--strategy", "fedadam")
 
 
 def test_an_encrypted_model_cannot_be_registered_or_delivered(tmp_path: Path, mistake: Any) -> None:
