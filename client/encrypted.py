@@ -18,14 +18,7 @@ from safetensors.numpy import load
 
 from propolis.client.local_update import Asked, trained_update
 from propolis.client.state import DeviceStore
-from propolis.messages import (
-    Arrays,
-    broadcast_in,
-    emptied_shapes,
-    fill_arrays,
-    model_in,
-    without_record,
-)
+from propolis.messages import Arrays, broadcast_in, emptied_shapes, fill_arrays, model_in, without_record
 from propolis.secure.errors import PeerError, Refusal, TrustError, UsageError
 from propolis.secure.he.held import HeldKey, Owner, held_key
 from propolis.secure.he.layout import Opened, Sample

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -21,33 +21,19 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 
 from propolis.messages import RECORD, Arrays, with_model_elsewhere
-from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, UsageError
-from propolis.secure.he.held import layout_of, scheme_of
+from propolis.secure.errors import PeerError, Refusal, TooFewPeersError, UsageError
+from propolis.secure.he.held import scheme_of
 from propolis.secure.he.keys import PublicKey
 from propolis.secure.he.layout import SMALLEST_VALUE_BITS
-from propolis.secure.he.messages import (
-    LONGEST_NAME,
-    MOST_METRICS,
-    EncryptedPlan,
-    EncryptedSum,
-    EncryptedUpload,
-    Entry,
-    pieces,
-)
-from propolis.secure.he.stream import Totals
-from propolis.secure.he.tag import tag_bytes
+from propolis.secure.he.messages import EncryptedPlan, EncryptedSum, Entry
 from propolis.secure.identity import TrustedRoster
-from propolis.secure.secagg.messages import to_bitmap
 from propolis.secure.secagg.plan import Kind
-from propolis.secure.secagg.states import Exchange
 from propolis.server.batch import Batch, Outcome
 from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
+from propolis.server.he_round import EncryptedRound
 from propolis.server.protected_grid import HANDSHAKE_S, Attempts, ProtectedGrid
 from propolis.server.secure_round import say_hello
-
-# What an upload may be longer than its ciphertexts: the names of its metrics.
-_AROUND_CIPHERTEXTS = MOST_METRICS * (LONGEST_NAME + 8) + 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +152,7 @@ class HeGrid(ProtectedGrid):
         if len(nodes) > (most := self._encryption.key.parameters.clients):
             raise UsageError(f"{len(nodes)} devices in a round: the key has room for {most}; make one for more")
         plan = self._plan(batch)
-        round_ = _EncryptedRound(channel, plan, self._encryption.key, self._metrics.get(batch.kind))
+        round_ = EncryptedRound(channel, plan, self._encryption.key, self._metrics.get(batch.kind))
         round_.upload(nodes, self._content(batch), batch.timeout)
         if round_.offered:
             self._metrics[batch.kind] = Counter(round_.offered).most_common(1)[0][0]
@@ -237,59 +223,6 @@ class HeGrid(ProtectedGrid):
         content["metrics"] = MetricRecord({self._weight_key: float(alive)})
         content[RECORD] = Outcome(alive, len(batch.messages), tuple(channel.failures.values())).record()
         return Message(content, reply_to=batch.messages[0])
-
-
-class _EncryptedRound:
-    """One attempt: the devices' uploads, added up as they come.
-
-    Attributes:
-        alive: indices of the devices in the sum.
-        offered: the names of the metrics that each device had.
-    """
-
-    def __init__(self, channel: Channel, plan: EncryptedPlan, key: PublicKey, metrics: tuple[str, ...] | None) -> None:
-        self._channel, self._plan, self._key, self._metrics = channel, plan, key, metrics
-        self._scheme = scheme_of(key.parameters)
-        self._size = self._scheme.upload_bytes + tag_bytes(key.parameters)
-        self._limit = self._chunks(("",) * MOST_METRICS) * self._size + _AROUND_CIPHERTEXTS
-        self._totals: Totals | None = None
-        self.alive: list[int] = []
-        self.offered: list[tuple[str, ...]] = []
-
-    def upload(self, nodes: Mapping[int, int], content: Content, timeout: float) -> None:
-        """Have the devices train, and add up what they send; a device whose reply is refused is a drop-out."""
-        indices = {node_id: index for index, node_id in nodes.items()}
-        bodies = dict.fromkeys(indices, self._plan.encoded)
-        for node_id, body in self._channel.ask(Exchange.ENCRYPT, bodies, timeout, lambda _: content):
-            try:
-                self._take(indices[node_id], body)
-            except RefusedError as error:
-                self._channel.failures[node_id] = f"{Exchange.ENCRYPT.label}: {error}"
-
-    def total(self, members: int) -> EncryptedSum:
-        """The sum, over a roster of so many members."""
-        if self._totals is None:
-            raise AssertionError("nothing has been added up")
-        ciphertexts = b"".join(self._totals.ciphertexts())
-        alive = to_bitmap(sorted(self.alive), members)
-        return EncryptedSum(self._plan.encoded, alive, self._metrics or (), ciphertexts)
-
-    def _take(self, index: int, body: bytes) -> None:
-        upload = EncryptedUpload.from_bytes(body, self._limit)
-        if upload.round_tag != self._plan.tag:
-            raise PeerError(Refusal.STALE, f"device {index} answers another attempt than this one")
-        self.offered.append(upload.metrics)
-        metrics = upload.metrics if self._metrics is None else self._metrics
-        if upload.metrics != metrics:
-            raise PeerError(Refusal.MODEL, f"device {index} has other metrics than the others")
-        totals = self._totals or Totals(self._scheme.adder(self._key.key_id), self._chunks(metrics))
-        totals.add(pieces(upload.ciphertexts, self._size))
-        self._totals, self._metrics = totals, metrics
-        self.alive.append(index)
-
-    def _chunks(self, metrics: Sequence[str]) -> int:
-        """Ciphertexts of an upload with these metrics."""
-        return self._key.parameters.ciphertexts(layout_of(self._plan, metrics, self._key.parameters).count)
 
 
 def require_blind(strategy: Strategy) -> None:

@@ -111,7 +111,7 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-@pytest.mark.parametrize("protection", ["none", "secagg"])
+@pytest.mark.parametrize("protection", ["none", "secagg", "he"])
 def test_flwr_run_works_on_this_repository(flwr: Callable[..., str], tmp_path: Path, protection: str) -> None:
     out = tmp_path / "out"
     nodes = ("--federation-config", "num-supernodes=4")
