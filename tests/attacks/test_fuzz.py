@@ -331,7 +331,7 @@ def first(cls: type, step: str) -> Any:
 
 
 def hello_with_roster(payload: bytes) -> bytes:
-    return to_bytes(HelloRequest(signed(labels.ROSTER, recorded().founded.root._key.private, payload), CHALLENGE))
+    return to_bytes(HelloRequest(signed(labels.ROSTER, recorded().founded.root.key.private, payload), CHALLENGE))
 
 
 def prepare_with_descriptor(payload: bytes) -> bytes:
@@ -387,7 +387,7 @@ def test_an_invitation_that_the_root_signed_is_accepted_or_refused() -> None:
     founded, (payload,) = recorded().founded, corpus_of(Invitation)
 
     def take(case: bytes) -> None:
-        invitation = signed(labels.INVITATION, founded.root._key.private, case)
+        invitation = signed(labels.INVITATION, founded.root.key.private, case)
         DeviceState.enrolled(founded.root.public_key, invitation, SigningKey(bytes(32)))
 
     fuzz("signed invitation", [payload], take, PropolisError)

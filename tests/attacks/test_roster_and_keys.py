@@ -90,7 +90,7 @@ LOW_ORDER = [point + high for point in (0, 1, *_ORDER_8, _PRIME - 1, _PRIME, _PR
 def test_a_forged_invitation_is_refused(root: Root | None, label: bytes, federation: bytes | None) -> None:
     founded, key = found(), SigningKey.generate()
     invitation = Invitation(federation or founded.root.federation, 4, "new", key.public)
-    forged = sign(label, (root or founded.root)._key.private, invitation, identity_pb2.Invitation)
+    forged = sign(label, (root or founded.root).key.private, invitation, identity_pb2.Invitation)
     with refuses(Refusal.IDENTITY):
         DeviceState.enrolled(founded.root.public_key, forged, key)
 

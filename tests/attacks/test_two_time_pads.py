@@ -399,7 +399,7 @@ def test_a_federation_restored_from_an_old_backup_starts_over_with_new_masks() -
     cohort, uploads = Cohort(4), []
     backup = deepcopy(cohort.federation.devices)
     for _ in range(2):
-        cohort.federation = Federation(cohort.federation.root_key, cohort.federation.roster, deepcopy(backup))
+        cohort.federation = Federation(cohort.federation.root, cohort.federation.roster, deepcopy(backup))
         played = cohort.round(width=32, dimension=DIMENSION)
         played.prepare()
         uploads.append(masked(cohort.device(0), to_bytes(played.server.upload_request(0))))

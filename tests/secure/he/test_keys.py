@@ -78,7 +78,7 @@ def test_another_root_and_other_statements_name_no_holder() -> None:
         verify_holder(ROOT.public_key, trusted(), release_key, NOW)
     assert caught.value.refusal is Refusal.HE_KEY
     # What the root signs for another federation is not for this one.
-    elsewhere = sign(labels.HE_HOLDER, ROOT._key.private, replace(verified(), federation=bytes(32)), pb.Holder)
+    elsewhere = sign(labels.HE_HOLDER, ROOT.key.private, replace(verified(), federation=bytes(32)), pb.Holder)
     with pytest.raises(TrustError, match="another federation"):
         verify_holder(ROOT.public_key, trusted(), elsewhere, NOW)
 
