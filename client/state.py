@@ -178,17 +178,13 @@ class FileStore:
 
     def he_key(self) -> bytes | None:
         """See `DeviceStore.he_key`; raises StorageError."""
-        try:
-            return (self._folder / HE_KEY_FILE).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StorageError(f"cannot read the key at {self._folder / HE_KEY_FILE}: {error.strerror}") from None
+        path = self._folder / HE_KEY_FILE
+        return _read(path, self._seal) if path.exists() else None
 
     def keep_he_key(self, data: bytes) -> None:
         """Keep a key of homomorphic encryption in place of the one before; raises StorageError."""
         remove_stale(self._folder / HE_KEY_FILE)
-        write_atomically(self._folder / HE_KEY_FILE, data, mode=0o600)
+        _write(self._folder / HE_KEY_FILE, data, self._seal)
 
 
 def policy_of(node_config: Mapping[str, Any]) -> Policy:

@@ -19,7 +19,7 @@ from flwr.app import Context, Message, RecordDict
 from secure_app import Hive, metrics_of, outcome_of, require_mean
 
 from propolis.client.seal import Seal
-from propolis.client.state import LOCK_FILE, STATE_FILE, DeviceStore, FileStore, MemoryStore
+from propolis.client.state import HE_KEY_FILE, LOCK_FILE, STATE_FILE, DeviceStore, FileStore, MemoryStore
 from propolis.client.update import SecureMod
 from propolis.flower import set_identity
 from propolis.messages import RECORD, protocol_record, refusal_of
@@ -367,3 +367,16 @@ def test_a_cut_sealed_state_is_told(length: int) -> None:
     seal = Seal(b"open sesame")
     with pytest.raises(StorageError, match="cannot be opened"):
         seal.open(seal.close(bytes(64))[:length])
+
+
+def test_a_key_of_homomorphic_encryption_is_under_the_devices_passphrase(tmp_path: Path) -> None:
+    folder = tmp_path / "device"
+    seal = Seal(b"passphrase")
+    FileStore.create(folder, make_federation(1).devices[0], seal)
+    store = FileStore(folder, Policy(), seal)
+    assert store.he_key() is None
+    store.keep_he_key(b"a key of many bytes")
+    assert store.he_key() == b"a key of many bytes"
+    assert b"a key of many" not in (folder / HE_KEY_FILE).read_bytes()
+    with pytest.raises(StorageError):
+        FileStore(folder, Policy()).he_key()
