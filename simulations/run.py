@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from propolis.flower import quiet_flower
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.server.app import Members, Observer
-from propolis.server.job import Job, Rounds, RunOptions, require_feasible, run_job
+from propolis.server.job import CHECKPOINT, Job, Rounds, RunOptions, require_feasible, run_job
 from propolis.settings import Settings
 from propolis.simulations.apps import client_app, largest_device, load_data
 from propolis.simulations.dropout import DropoutGrid, steps_of
@@ -84,7 +84,8 @@ def _witnessed(
     def over(rounds: Rounds, cancelled: threading.Event) -> None:
         nonlocal begun
         begun = True
-        if not (options.resume and (options.out / DEVICES).is_dir()):
+        # A run that has a checkpoint has its model under the keys that it had, wherever these are now.
+        if not (options.resume and ((options.out / DEVICES).is_dir() or (options.out / CHECKPOINT).exists())):
             keep_federation(federation, options.out / DEVICES)
         _over_backend(settings, federation, (witness,), rounds, cancelled)
 

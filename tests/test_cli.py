@@ -53,7 +53,6 @@ def test_flags_win_over_the_file(propolis: Command, tmp_path: Path) -> None:
         (["--fraction", "0"], "fraction: expected greater than 0"),
         (["--fraction", "1.1"], "fraction: expected less than or equal to 1"),
         (["--strategy", "krum"], "'krum' is not one of"),
-        (["--protection", "he"], "'he' is not available in this version"),
         (["--protection", "secagg", "--clients", "2"], "2 of 2 clients train in a round; a secure sum takes 3 or more"),
         (["--malicious"], "malicious is a kind of secagg: set protection to secagg"),
         (["--protection", "secagg", "--bits", "3"], "a ring of 3 bits is too small for 10 devices"),

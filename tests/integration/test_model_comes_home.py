@@ -102,7 +102,7 @@ def test_a_model_goes_from_the_registry_to_a_device_and_answers_there(
     assert second["sequence"] == 2
     done("rollout", "stop", "digits", *to_server)
     assert "nothing new" in done("client", "fetch", "--dir", "clinic")
-    assert "was stopped, for good" in mistake("rollout", "resume", "digits", *to_server)
+    assert "was stopped, for good" in mistake("rollout", "resume", "digits", "--sequence", 2, *to_server)
     assert "no release of cnn" in mistake("rollout", "set", "cnn", "--percent", 5, *to_server)
 
     done("federation", "revoke", "fed", "clinic")

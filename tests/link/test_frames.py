@@ -14,6 +14,7 @@ from propolis.link.frames import (
     Frame,
     Free,
     Hello,
+    News,
     Progress,
     Reason,
     Received,
@@ -27,6 +28,7 @@ from propolis.secure.errors import PeerError
 
 ID = bytes(range(16))
 FRAMES: list[Frame] = [
+    News(5000),
     Hello(ID, 12345, 1_700_000_000, b"", (Progress(ID, 7), Progress(ID, 0, True)), 1),
     Welcome(ID, 10, 2**32, 77, b'{"a": 1}', ()),
     Begin(ID, 12, (3, 0, 2**40), 5, b"abc"),
