@@ -36,8 +36,9 @@ bench: $(VENV)/.dev ## Run the benchmarks (most of an hour).
 fuzz: $(VENV)/.dev ## Feed 100,000 random and mutated messages of each type to both roles (minutes).
 	PROPOLIS_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/attacks/test_fuzz.py
 
-soak: $(VENV)/.dev ## Kill server and devices twenty times each in one run (many minutes).
-	PROPOLIS_SOAK_KILLS=20 $(BIN)/python -m pytest tests/integration/test_link_crashes.py
+soak: $(VENV)/.dev ## Kill server and devices twenty times each in one run, and the other long tests (many minutes).
+	PROPOLIS_SOAK_KILLS=20 $(BIN)/python -m pytest -m "soak or not soak" tests/integration/test_link_crashes.py
+	$(BIN)/python -m pytest -m soak
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed, %s is %d.%d: make PYTHON=python3.11" % ("$(PYTHON)", *v))'

@@ -62,6 +62,7 @@ def device_of(site: Site, index: int, address: str) -> tuple[object, ...]:
     return ("client", "run", "--dir", site.device(index), *flags, "--node-config", "propolis-allow-unprotected=true")
 
 
+@pytest.mark.soak
 def test_devices_train_and_then_take_what_is_released_although_one_is_killed_meanwhile(site: Site) -> None:
     address, log = f"127.0.0.1:{free_port()}", site.folder / "server.log"
     server = ("server", "--task", "digits", "--rounds", 1, "--min-clients", DEVICES, "--federation", site.server_folder,

@@ -44,7 +44,9 @@ def test_the_ray_backend_gives_the_same_result_file(tmp_path: Path) -> None:
     assert per_survivor[0] == pytest.approx(per_survivor[1], rel=0.01)
 
 
-@pytest.mark.parametrize("changes", [[], ["--prune", "0.5", "--codec", "thin"]], ids=str)
+@pytest.mark.parametrize(
+    "changes", [[], pytest.param(["--prune", "0.5", "--codec", "thin"], marks=pytest.mark.soak)], ids=str
+)
 def test_secure_sums_are_the_same_on_every_backend(tmp_path: Path, changes: list[str]) -> None:
     """Masks and keys differ in every run; the sum is exact, whoever was first, and rounding is seeded."""
     losses, models = [], []
@@ -111,7 +113,7 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-@pytest.mark.parametrize("protection", ["none", "secagg", "he"])
+@pytest.mark.parametrize("protection", ["none", "secagg", pytest.param("he", marks=pytest.mark.soak)])
 def test_flwr_run_works_on_this_repository(flwr: Callable[..., str], tmp_path: Path, protection: str) -> None:
     out = tmp_path / "out"
     nodes = ("--federation-config", "num-supernodes=4")

@@ -23,6 +23,7 @@ def nothing_is_left(folder: Path) -> bool:
     return not list(folder.iterdir()) and not _processes_with(f"PROPOLIS_TEST={folder}")
 
 
+@pytest.mark.soak
 def test_exchanges_are_timed_and_nothing_is_left(tmp_path: Path) -> None:
     seconds = exchange_times(nodes=2, parameters=1000, exchanges=1, deadline_s=240)
     assert len(seconds) == 1

@@ -115,7 +115,7 @@ def completed(server: Service, devices: list[Service], seed: int | None) -> None
     assert server.process.wait(deadline - time.monotonic()) == 0, server.log[-3000:]
 
 
-@pytest.mark.parametrize("protection", ["none", "secagg"])
+@pytest.mark.parametrize("protection", [pytest.param("none", marks=pytest.mark.soak), "secagg"])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_model_of_a_quiet_run(
     federation: Path, tmp_path: Path, protection: str
 ) -> None:

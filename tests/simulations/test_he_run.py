@@ -61,6 +61,7 @@ def arrays_equal(one: Path, other: Path) -> bool:
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.soak
 @BOTH
 def test_an_encrypted_model_is_as_accurate_as_an_unprotected_one(tmp_path: Path, mode: str) -> None:
     """Within 0.3 points: digits as `propolis simulate` trains it by default."""

@@ -107,6 +107,7 @@ def test_every_strategy_learns_under_the_dense_codec_while_devices_are_lost(tmp_
     assert sum(record["metrics"]["wraps"] for record in result["history"]) == 0
 
 
+@pytest.mark.soak
 def test_a_coarse_codec_sends_far_less_for_the_same_accuracy(tmp_path: Path) -> None:
     """Digits as `propolis simulate` trains them by default."""
     results = {
