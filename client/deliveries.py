@@ -35,7 +35,7 @@ from propolis.secure.manifest import Manifest
 from propolis.secure.secagg.device import Device
 from propolis.secure.secagg.policy import Policy
 from propolis.storage import alone
-from propolis.threads import in_daemon_thread
+from propolis.worker import Worker
 
 _LOCK = "deliveries.lock"
 _LEAST_PAUSE_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 5.0, 900.0
@@ -223,7 +223,7 @@ class Deliveries:
             await fetcher.fetch(release, incoming)
         self._tried[release.manifest] += 1
         install = partial(installer.install, name=release.name, store_plain=taking.store_plain)
-        manifest = await in_daemon_thread(partial(install, incoming.path, opened.key, time.time()), "propolis-install")
+        manifest = await _apart(partial(install, incoming.path, opened.key, time.time()))
         with suppress(OSError):  # it is swept the next time
             await asyncio.to_thread(incoming.path.unlink)
         return manifest
@@ -259,6 +259,15 @@ async def _fault_of(step: Awaitable[None]) -> PropolisError | None:
         _log.exception("no models")
         return PropolisError(f"unexpected: {type(error).__name__}")
     return None
+
+
+async def _apart(install: Callable[[], Manifest]) -> Manifest:
+    """Install in a thread that no end of the process waits for: what an installation leaves at any instant is whole."""
+    worker = Worker("propolis-install")
+    try:
+        return await worker.run(install)
+    finally:
+        worker.close()
 
 
 async def _report(fetcher: Fetcher, release: Release, statuses: asyncio.Queue[Status | None]) -> None:

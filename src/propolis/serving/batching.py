@@ -19,7 +19,7 @@ import numpy as np
 from propolis.serving.faults import Fault, InferenceError
 from propolis.serving.metrics import ModelMetrics
 from propolis.serving.model import Model
-from propolis.serving.worker import Worker
+from propolis.worker import Worker
 
 Arrays = Mapping[str, np.ndarray]
 _Answer = dict[str, np.ndarray] | InferenceError

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from propolis.serving.model import Model
-from propolis.serving.worker import Worker
+from propolis.worker import Worker
 
 _log = logging.getLogger("propolis.serving")
 
