@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,14 +24,13 @@ from propolis.server.rollout import start_rollout
 from propolis.simulations.bench.delivery_crowd import READY
 from propolis.simulations.bench.link import Part
 from propolis.simulations.bench.link_parts import Figure
-from propolis.simulations.bench.link_processes import Process, entries, started, wait_until
-from propolis.simulations.bench.memory import resident_of
+from propolis.simulations.bench.link_processes import Process, listening_port, started, wait_until
+from propolis.simulations.bench.memory import forget_peak, peak, resident_of
 from propolis.simulations.federation import Federation, make_federation
 from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
 
 PACKAGES = ("grpcio", "cryptography", "propolis")
-_LISTENING = "listening"
-_DAY_S, _START_S, _LOOK_S = 24 * 3600, 60.0, 0.02
+_DAY_S, _START_S = 24 * 3600, 60.0
 _MB = 2**20
 
 
@@ -85,7 +83,7 @@ def sealing(effort: Effort) -> list[Figure]:
             Figure("each device more", keys.stat().st_size / effort.recipients, "B", 200),
             Figure("what a device gets of the keys", own, "B", 200),
             Figure("finding one device's key", found * 1e3, "ms"),
-            Figure("the package beside its content", many.stat().st_size / few.stat().st_size, "x"),
+            Figure("the package beside one for one device", many.stat().st_size / few.stat().st_size, "x"),
         ]
 
 
@@ -101,17 +99,15 @@ def crowd(effort: Effort) -> list[Figure]:
             with started("propolis.simulations.bench.delivery_crowd", arguments, site.folder / "crowd.log") as devices:
                 wait_until(lambda: READY in devices.log.read_text(), devices, _START_S)
                 before = resident_of(server.popen.pid)
-                with _largest(server) as most:
-                    begin = time.monotonic()
-                    assert devices.popen.stdin is not None  # noqa: S101, it is a pipe
-                    devices.popen.stdin.write("\n")
-                    devices.popen.stdin.flush()
-                    devices.wait(effort.deadline_s)
-                    whole = time.monotonic() - begin
+                forget_peak(server.popen.pid)
+                begin = time.monotonic()
+                devices.go()
+                devices.wait(effort.deadline_s)
+                whole, most = time.monotonic() - begin, peak(server.popen.pid)
             seconds = json.loads(out.read_text(encoding="utf-8"))
         moved = effort.devices * effort.megabytes
         return [
-            Figure("growth of the server's memory", (most[0] - before) / _MB, "MiB", 200),
+            Figure("growth of the server's memory", (most - before) / _MB, "MiB", 200),
             Figure("devices that have it whole", len(seconds), "", effort.devices, at_least=True),
             Figure("the first of them after", min(seconds), "s"),
             Figure("the last of them after", max(seconds), "s", effort.deadline_s),
@@ -154,23 +150,4 @@ def _serving(folder: Path) -> Iterator[tuple[Process, str]]:
     arguments = ["server", "--idle", "--federation", str(folder / SERVER_FOLDER), "--listen", "127.0.0.1:0"]
     arguments += ["--enroll", "none", "--out", str(folder / "run"), "--log-format", "json"]
     with started("propolis", arguments, folder / "server.log") as process:
-        wait_until(lambda: any(entries(process.log, _LISTENING)), process, _START_S)
-        yield process, f"127.0.0.1:{next(entries(process.log, _LISTENING))['port']}"
-
-
-@contextmanager
-def _largest(process: Process) -> Iterator[list[int]]:
-    """The most memory that a process has meanwhile, in bytes: the one entry of the list, at the end."""
-    most, ended = [0], threading.Event()
-
-    def look() -> None:
-        while not ended.wait(_LOOK_S):
-            most[0] = max(most[0], resident_of(process.popen.pid))
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield most
-    finally:
-        ended.set()
-        thread.join()
+        yield process, f"127.0.0.1:{listening_port(process)}"

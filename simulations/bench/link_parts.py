@@ -12,7 +12,7 @@ from statistics import median
 
 from propolis.simulations.bench.flower_link import exchange_times
 from propolis.simulations.bench.link_crowd import READY
-from propolis.simulations.bench.link_processes import Process, Serving, attending, served, started, wait_until
+from propolis.simulations.bench.link_processes import Serving, attending, served, started, wait_until
 from propolis.simulations.faults import Faults, Proxy
 from propolis.simulations.federation import make_federation
 from propolis.simulations.linked import write_linked_federation
@@ -109,7 +109,7 @@ def crowd(devices: int = 1000, helpers: int = 2, idle_s: float = 5.0) -> list[Fi
         time.sleep(_SETTLE_S)
         before, began = server.resident(), time.monotonic()
         for each in crowds:
-            _let_go(each)
+            each.go()
         figures = server.figures()
     return [
         Figure("connected", figures["connected_at"] - began, "s"),
@@ -184,9 +184,3 @@ def _federation(devices: int) -> Iterator[Path]:
         folder = Path(name)
         write_linked_federation(make_federation(devices), folder)
         yield folder
-
-
-def _let_go(process: Process) -> None:
-    if process.popen.stdin is not None:
-        process.popen.stdin.write("\n")
-        process.popen.stdin.flush()

@@ -55,6 +55,12 @@ class Process:
         """The last thing it said."""
         return (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
 
+    def go(self) -> None:
+        """Send the line that a process waits for before it begins."""
+        if self.popen.stdin is not None:
+            self.popen.stdin.write("\n")
+            self.popen.stdin.flush()
+
     def wait(self, seconds: float) -> None:
         """Wait until it has ended well; raises PropolisError when it did not, or not in time."""
         try:
@@ -92,7 +98,7 @@ class Server:
 
     def streams(self) -> int:
         """How many the devices have begun until now."""
-        return sum(1 for _ in entries(self.process.log, _CONNECTED))
+        return sum(1 for _ in _entries(self.process.log, _CONNECTED))
 
     def figures(self) -> dict[str, Any]:
         """What its app wrote, as soon as the process has ended; raises PropolisError when it failed."""
@@ -132,9 +138,7 @@ def served(folder: Path, serving: Serving) -> Iterator[Server]:
     config = folder / "server.toml"
     config.write_text(tomli_w.dumps(_settings(folder, serving, out)), encoding="utf-8")
     with started("propolis", ["server", "--config", str(config)], folder / "server.log") as process:
-        wait_until(lambda: any(entries(process.log, _LISTENING)), process, _START_DEADLINE_S)
-        port = next(entries(process.log, _LISTENING))["port"]
-        yield Server(port, process, out, deadline)
+        yield Server(listening_port(process), process, out, deadline)
 
 
 @contextmanager
@@ -146,6 +150,13 @@ def attending(folder: Path, devices: int, address: str, app: str) -> Iterator[No
             log = folder / f"device-{index}.log"
             ending.enter_context(started("propolis", [*arguments, "--app", app, "--once"], log))
         yield
+
+
+def listening_port(process: Process) -> int:
+    """Where a server process listens, as soon as it says so in JSON; raises PropolisError when it does not."""
+    wait_until(lambda: any(_entries(process.log, _LISTENING)), process, _START_DEADLINE_S)
+    port: int = next(_entries(process.log, _LISTENING))["port"]
+    return port
 
 
 def wait_until(condition: Callable[[], bool], process: Process, seconds: float) -> None:
@@ -173,7 +184,7 @@ def _settings(folder: Path, serving: Serving, out: Path) -> dict[str, Any]:
     return {"server": server, "run-config": told}
 
 
-def entries(log: Path, message: str) -> Iterator[dict[str, Any]]:
+def _entries(log: Path, message: str) -> Iterator[dict[str, Any]]:
     """What a process has said under this heading."""
     for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.startswith("{") and line.endswith("\n") and (entry := json.loads(line))["message"] == message:

@@ -11,14 +11,14 @@ def resident_of(pid: int) -> int:
     return int(_read(pid, "statm").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def forget_peak() -> None:
-    """Let `peak` count from now on."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+def forget_peak(pid: int | None = None) -> None:
+    """Let `peak` of a process, this one by default, count from now on."""
+    Path(f"/proc/{pid or os.getpid()}/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak() -> int:
-    """The most bytes that this process had in memory since `forget_peak`."""
-    (line,) = (line for line in _read(os.getpid(), "status").splitlines() if line.startswith("VmHWM:"))
+def peak(pid: int | None = None) -> int:
+    """The most bytes that a process, this one by default, had in memory since `forget_peak`."""
+    (line,) = (line for line in _read(pid or os.getpid(), "status").splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 

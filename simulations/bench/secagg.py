@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +16,7 @@ from rich.table import Table
 
 from propolis.secure.graph import Sharing
 from propolis.simulations.bench.flower_secagg import Cost, flower_secagg_cost
+from propolis.simulations.bench.memory import forget_peak, peak, resident_of
 from propolis.simulations.bench.process import machine
 from propolis.simulations.bench.secagg_devices import Devices, DevicesHere, devices_apart, update_of
 from propolis.simulations.bench.secagg_round import SecureSum, secure_sum
@@ -26,7 +25,6 @@ from propolis.simulations.bench.secagg_round import SecureSum, secure_sum
 _DROPPED = 0.2
 _REPEATS = 3
 _TABLE_WIDTH = 100  # narrower, it would break its cells
-_SAMPLE_S = 0.02
 _COMPARED = ("server_seconds", "client_seconds", "upload_bytes")
 
 
@@ -103,9 +101,12 @@ def _alone(console: Console, job: Job) -> dict[str, Any]:
     secure_sum(DevicesHere(4, 1), 4, 1, ())  # what is loaded on first use is no part of a sum
     _say(console, job, "Propolis and its memory")
     with devices_apart(job.clients, job.dimension) as devices:
-        with _resident_growth() as growth:
-            done = secure_sum(devices, job.clients, job.dimension, job.dropped)
+        before = resident_of(os.getpid())
+        forget_peak()
+        done = secure_sum(devices, job.clients, job.dimension, job.dropped)
+        most = peak()
         cost = _cost(devices, done)
+    growth = {"before_mb": before / 1e6, "peak_mb": most / 1e6, "growth_mb": (most - before) / 1e6}
     return {**_facts(job, done.sharing), "propolis": asdict(cost), "flower": [], "memory": growth}
 
 
@@ -114,34 +115,6 @@ def _cost(devices: Devices, done: SecureSum) -> Cost:
     seconds, sizes = zip(*(costs[index] for index in done.alive), strict=True)
     survivors = len(done.alive)
     return Cost(done.server_seconds, sum(seconds) / survivors, sum(sizes) / survivors, done.largest_error())
-
-
-@contextmanager
-def _resident_growth() -> Iterator[dict[str, float]]:
-    """How this process's resident set grows at most, in MB (1e6 bytes); known when the context ends."""
-    ended = threading.Event()
-    before = peak = _resident_mb()
-    growth = {"before_mb": before}
-
-    def sample() -> None:
-        nonlocal peak
-        while not ended.wait(_SAMPLE_S):
-            peak = max(peak, _resident_mb())
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield growth
-    finally:
-        ended.set()
-        thread.join()
-    growth["peak_mb"] = max(peak, _resident_mb())
-    growth["growth_mb"] = growth["peak_mb"] - before
-
-
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def _facts(job: Job, sharing: Sharing) -> dict[str, Any]:
