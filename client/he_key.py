@@ -1,6 +1,6 @@
 """A device's part of a key of homomorphic encryption: opened from files, checked, and kept in the device's folder.
 
-he.key          `KeptKey` of protos/he_key.proto, sealed for this device as it came; under the passphrase of the device
+he.key          `KeyBundle` of protos/he.proto, sealed for this device as it came; under the passphrase of the device
                 where it has one
 
 It is checked again whenever it is loaded, against the newest roster that the device has seen: a holder may have been
@@ -14,50 +14,13 @@ from pathlib import Path
 
 from propolis.client.keyholder import Keyholder
 from propolis.client.seal import Seal, is_sealed
-from propolis.client.state import LOCK_FILE
-from propolis.protos import he_key_pb2, he_pb2
+from propolis.client.state import HE_KEY_FILE, LOCK_FILE
 from propolis.records import open_file, read_bytes
 from propolis.secure.errors import PropolisError, Refusal, StorageError, TrustError, UsageError
-from propolis.secure.he.keys import LARGEST_MATERIAL, LARGEST_SEALED, Holder, PublicKey, Secret, Statement, open_key
+from propolis.secure.he.held import LARGEST_BUNDLE, KeyBundle
+from propolis.secure.he.keys import PublicKey, Secret, open_key
 from propolis.secure.he.published import LARGEST_PUBLISHED, Published, accept_key
-from propolis.secure.identity import Signed
-from propolis.secure.wire import decode, encode, sized, version_field
 from propolis.storage import locked, remove_stale, write_atomically
-
-HE_KEY_FILE = "he.key"
-_LARGEST_SEALED = LARGEST_SEALED + 2**10
-_LARGEST_FILE = LARGEST_PUBLISHED + _LARGEST_SEALED + 2**10
-
-
-@dataclass(frozen=True, slots=True)
-class KeptKey:
-    """What a device keeps of a key.
-
-    Attributes:
-        holder, statement, material: as in `Published`.
-        sealed: for this device, from `propolis.secure.he.keys.seal_key`.
-    """
-
-    holder: Signed
-    statement: Signed
-    material: bytes = sized(1, LARGEST_MATERIAL)
-    sealed: bytes = sized(1, _LARGEST_SEALED)
-    version: int = version_field()
-
-    @property
-    def published(self) -> Published:
-        """What the server handed out."""
-        return Published(self.holder, self.statement, self.material)
-
-    @property
-    def number(self) -> int:
-        """Of the key, which was verified before it was kept."""
-        return decode(Statement, self.statement.payload, he_pb2.Statement).number
-
-    @property
-    def serial(self) -> int:
-        """Of the holder, which was verified before it was kept."""
-        return decode(Holder, self.holder.payload, he_pb2.Holder).serial
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -127,8 +90,7 @@ def install_he_key(
         if before is not None and before.serial not in device.trust.roster.roster.revoked_releases:
             _require_newer(opened, published, before)
         remove_stale(path)
-        kept = KeptKey(published.holder, published.statement, published.material, sealed)
-        content = encode(kept, he_key_pb2.KeptKey)
+        content = KeyBundle(published.holder, published.statement, published.material, sealed).to_bytes()
         write_atomically(path, content if seal is None else seal.close(content), mode=0o600)
     return opened
 
@@ -150,7 +112,7 @@ def load_he_key(folder: Path, device: Keyholder, now: float, seal: Seal | None =
     return None if kept is None else open_for(device, kept.published, kept.sealed, now)
 
 
-def _require_newer(opened: OpenedKey, published: Published, before: KeptKey) -> None:
+def _require_newer(opened: OpenedKey, published: Published, before: KeyBundle) -> None:
     if opened.number < before.number:
         raise TrustError(
             Refusal.HE_KEY, f"this is key {opened.number}, and the device has {before.number}: an older one is refused"
@@ -159,12 +121,12 @@ def _require_newer(opened: OpenedKey, published: Published, before: KeptKey) -> 
         raise TrustError(Refusal.HE_KEY, f"the device has another key with this number, {before.number}")
 
 
-def _read(path: Path, seal: Seal | None) -> KeptKey | None:
+def _read(path: Path, seal: Seal | None) -> KeyBundle | None:
     if not path.exists():
         return None
     try:
         with open_file(path, follow=False) as file:
-            data = read_bytes(file, _LARGEST_FILE)
+            data = read_bytes(file, LARGEST_BUNDLE)
     except UsageError as error:
         raise StorageError(str(error)) from None
     if seal is not None:
@@ -172,7 +134,7 @@ def _read(path: Path, seal: Seal | None) -> KeptKey | None:
     elif is_sealed(data):
         raise StorageError(f"{path} is encrypted: give its passphrase")
     try:
-        kept = decode(KeptKey, data, he_key_pb2.KeptKey, _LARGEST_FILE)
+        kept = KeyBundle.from_bytes(data)
         _ = kept.number, kept.serial
         return kept
     except PropolisError:

@@ -44,17 +44,3 @@ class HeldKey(_message.Message):
     roster: int
     members: _containers.RepeatedCompositeFieldContainer[Member]
     def __init__(self, version: _Optional[int] = ..., number: _Optional[int] = ..., published: _Optional[_Union[Published, _Mapping]] = ..., mac_key: _Optional[bytes] = ..., secret_key: _Optional[bytes] = ..., roster: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
-
-class KeptKey(_message.Message):
-    __slots__ = ("version", "holder", "statement", "material", "sealed")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    HOLDER_FIELD_NUMBER: _ClassVar[int]
-    STATEMENT_FIELD_NUMBER: _ClassVar[int]
-    MATERIAL_FIELD_NUMBER: _ClassVar[int]
-    SEALED_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    holder: _identity_pb2.Signed
-    statement: _identity_pb2.Signed
-    material: bytes
-    sealed: bytes
-    def __init__(self, version: _Optional[int] = ..., holder: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., statement: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., material: _Optional[bytes] = ..., sealed: _Optional[bytes] = ...) -> None: ...

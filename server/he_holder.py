@@ -8,19 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from propolis.link.keys import load_signing_key, save_private_key
-from propolis.protos import he_pb2, identity_pb2
-from propolis.secure.errors import PropolisError, UsageError
+from propolis.protos import he_pb2
+from propolis.secure.errors import UsageError
 from propolis.secure.he.keys import Holder
 from propolis.secure.identity import Signed, SigningKey
-from propolis.secure.wire import decode, encode
+from propolis.secure.wire import decode
+from propolis.server.delegated_key import load_delegated_key, make_delegated_key
 from propolis.server.federation import Federation
-from propolis.storage import write_atomically
-
-DELEGATION_SUFFIX = ".delegation"
-_LARGEST_FILE = 2**14
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -33,7 +27,7 @@ class HolderKey:
     @property
     def claimed(self) -> Holder:
         """What the root is said to say; devices check it."""
-        return decode(Holder, self.delegation.payload, he_pb2.Holder)
+        return _claimed(self.delegation)
 
 
 def make_holder_key(
@@ -55,12 +49,9 @@ def make_holder_key(
     require_apart(out, federation.server)
     if out.exists():
         raise UsageError(f"{out} exists: give another --out for another holder")
-    key = Ed25519PrivateKey.generate()
-    signing_key = SigningKey(key.private_bytes_raw())
-    delegation = federation.delegate_key_holder(signing_key.public, lifetime_s, now)
-    write_atomically(_beside(out), encode(delegation, identity_pb2.Signed))
-    save_private_key(out, key, passphrase)
-    return HolderKey(signing_key, delegation)
+    return HolderKey(
+        *make_delegated_key(out, lambda public: federation.delegate_key_holder(public, lifetime_s, now), passphrase)
+    )
 
 
 def load_holder_key(path: Path, passphrase: bytes | None = None) -> HolderKey:
@@ -69,17 +60,7 @@ def load_holder_key(path: Path, passphrase: bytes | None = None) -> HolderKey:
     Raises:
         UsageError: a file cannot be used, or the two do not belong together.
     """
-    key = load_signing_key(path, passphrase)
-    try:
-        found = HolderKey(key, decode(Signed, _beside(path).read_bytes(), identity_pb2.Signed, _LARGEST_FILE))
-        public_key = found.claimed.public_key
-    except OSError as error:
-        raise UsageError(f"cannot read {error.filename}, which goes with {path}: {error.strerror}") from None
-    except PropolisError as error:
-        raise UsageError(f"{_beside(path)} is damaged: {error}") from None
-    if public_key != key.public:
-        raise UsageError(f"{_beside(path)} is of another key than {path}")
-    return found
+    return HolderKey(*load_delegated_key(path, passphrase, lambda said: _claimed(said).public_key))
 
 
 def require_apart(secret: Path, server: Path) -> None:
@@ -90,5 +71,5 @@ def require_apart(secret: Path, server: Path) -> None:
         )
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + DELEGATION_SUFFIX)
+def _claimed(said: Signed) -> Holder:
+    return decode(Holder, said.payload, he_pb2.Holder)

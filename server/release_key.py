@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from propolis.link.keys import load_signing_key, save_private_key
-from propolis.protos import identity_pb2, model_pb2
-from propolis.secure.errors import PropolisError, UsageError
+from propolis.protos import model_pb2
+from propolis.secure.errors import UsageError
 from propolis.secure.identity import Signed, SigningKey
 from propolis.secure.release import Delegation
-from propolis.secure.wire import decode, encode
+from propolis.secure.wire import decode
+from propolis.server.delegated_key import load_delegated_key, make_delegated_key
 from propolis.server.federation import Federation
-from propolis.storage import write_atomically
-
-DELEGATION_SUFFIX = ".delegation"
-_LARGEST_FILE = 2**14
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -30,7 +24,7 @@ class ReleaseKey:
     @property
     def claimed(self) -> Delegation:
         """What the root is said to say; devices check it."""
-        return decode(Delegation, self.delegation.payload, model_pb2.Delegation)
+        return _claimed(self.delegation)
 
 
 def make_release_key(
@@ -57,12 +51,11 @@ def make_release_key(
     """
     if out.exists():
         raise UsageError(f"{out} exists: give another --out for another key")
-    key = Ed25519PrivateKey.generate()
-    signing_key = SigningKey(key.private_bytes_raw())
-    delegation = federation.delegate_release_key(signing_key.public, lifetime_s, now, models)
-    write_atomically(_beside(out), encode(delegation, identity_pb2.Signed))
-    save_private_key(out, key, passphrase)
-    return ReleaseKey(signing_key, delegation)
+    return ReleaseKey(
+        *make_delegated_key(
+            out, lambda public: federation.delegate_release_key(public, lifetime_s, now, models), passphrase
+        )
+    )
 
 
 def load_release_key(path: Path, passphrase: bytes | None = None) -> ReleaseKey:
@@ -71,19 +64,8 @@ def load_release_key(path: Path, passphrase: bytes | None = None) -> ReleaseKey:
     Raises:
         UsageError: a file cannot be used, or the two do not belong together.
     """
-    key = load_signing_key(path, passphrase)
-    try:
-        data = _beside(path).read_bytes()
-        found = ReleaseKey(key, decode(Signed, data, identity_pb2.Signed, _LARGEST_FILE))
-        public_key = found.claimed.public_key
-    except OSError as error:
-        raise UsageError(f"cannot read {error.filename}, which goes with {path}: {error.strerror}") from None
-    except PropolisError as error:
-        raise UsageError(f"{_beside(path)} is damaged: {error}") from None
-    if public_key != key.public:
-        raise UsageError(f"{_beside(path)} is of another key than {path}")
-    return found
+    return ReleaseKey(*load_delegated_key(path, passphrase, lambda said: _claimed(said).public_key))
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + DELEGATION_SUFFIX)
+def _claimed(said: Signed) -> Delegation:
+    return decode(Delegation, said.payload, model_pb2.Delegation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -65,10 +64,6 @@ class Reports:
         with self._connected() as connection:
             rows = connection.execute(_OF, (release.name, release.sequence)).fetchall()
         return [Report(device, Outcome(outcome), reason, at) for device, outcome, reason, at in rows]
-
-    def counts(self, release: Release) -> Counter[Outcome]:
-        """How many devices said what last; raises StorageError."""
-        return Counter(report.outcome for report in self.of(release))
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:

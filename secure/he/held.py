@@ -12,25 +12,19 @@ from numpy.typing import NDArray
 from propolis.protos import he_pb2 as pb
 from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.he.bfv import Decryptor, Encryptor, Scheme
-from propolis.secure.he.keys import (
-    LARGEST_MATERIAL,
-    PublicKey,
-    Secret,
-    open_key,
-    read_material,
-    verify_holder,
-    verify_key,
-)
+from propolis.secure.he.keys import LARGEST_MATERIAL, LARGEST_SEALED, Holder, PublicKey, Secret, Statement, open_key
 from propolis.secure.he.layout import Arrays, Layout, Opened, Sample
 from propolis.secure.he.messages import EncryptedPlan, EncryptedSum, EncryptedUpload, pieces
 from propolis.secure.he.parameters import Parameters
+from propolis.secure.he.published import LARGEST_PUBLISHED, Published, accept_key
 from propolis.secure.he.stream import Declared, encrypt_vector, open_vector
 from propolis.secure.he.tag import Tags, refused, tag_bytes
 from propolis.secure.identity import Signed, TrustedRoster
+from propolis.secure.manifest import Trust
 from propolis.secure.wire import decode, encode, sized, version_field
 
-_LARGEST_SEALED = 2**19
-LARGEST_BUNDLE = LARGEST_MATERIAL + _LARGEST_SEALED + 2**12
+_LARGEST_SEALED = LARGEST_SEALED + 2**10
+LARGEST_BUNDLE = LARGEST_PUBLISHED + _LARGEST_SEALED + 2**10
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -49,6 +43,21 @@ class KeyBundle:
     material: bytes = sized(1, LARGEST_MATERIAL)
     sealed: bytes = sized(1, _LARGEST_SEALED)
     version: int = version_field()
+
+    @property
+    def published(self) -> Published:
+        """What the server handed out."""
+        return Published(self.holder, self.statement, self.material)
+
+    @property
+    def number(self) -> int:
+        """Of the key; it proves nothing yet."""
+        return decode(Statement, self.statement.payload, pb.Statement).number
+
+    @property
+    def serial(self) -> int:
+        """Of the holder; it proves nothing yet."""
+        return decode(Holder, self.holder.payload, pb.Holder).serial
 
     def to_bytes(self) -> bytes:
         """As it travels, and as a device keeps it."""
@@ -158,15 +167,12 @@ def held_key(data: bytes, root_key: bytes, roster: TrustedRoster, owner: Owner, 
         now: seconds since 1970.
 
     Raises:
-        TrustError: no holder that the root delegates, and that is not revoked, stands behind it, or it is not for
-            this device.
+        TrustError: no holder that the root delegates, and that is not revoked, stands behind it, it is not for this
+            device, or the roster has expired.
         PeerError: it is malformed.
     """
     bundle = KeyBundle.from_bytes(data)
-    holder = verify_holder(root_key, roster, bundle.holder, now)
-    public = read_material(roster.roster.federation, bundle.material)
-    verify_key(holder, bundle.statement, public)
-    return _opened(bundle, public, owner)
+    return _opened(bundle, accept_key(bundle.published, Trust(root_key, roster), now).key, owner)
 
 
 def layout_of(plan: EncryptedPlan, metrics: Sequence[str], parameters: Parameters) -> Layout:

@@ -26,7 +26,6 @@ _WORD = 8
 _HEADER = Struct("<HBBBBHQ")
 _MAGIC, _VERSION = 0xA15E, (4, 3)
 _PLAIN, _ZLIB, _ZSTD = 0, 1, 2
-_LARGEST_BODY = 2**23
 
 # id of the parameters, whether in NTT form, number of polynomials, N, number of primes, scale, correction factor
 _CIPHERTEXT = Struct("<32s?QQQdQ")

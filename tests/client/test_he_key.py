@@ -12,13 +12,13 @@ from conftest import Command
 from enrolling import DAY_S
 from holding import NOW, SMALL, Holding, holding
 
-from propolis.client.he_key import HE_KEY_FILE, KeptKey, install_he_key, load_he_key, read_published
+from propolis.client.he_key import install_he_key, load_he_key, read_published
 from propolis.client.seal import Seal
+from propolis.client.state import HE_KEY_FILE
 from propolis.he_files import read_sealed_key
-from propolis.protos import he_key_pb2
 from propolis.secure.errors import PeerError, Refusal, StorageError, TrustError, UsageError
 from propolis.secure.he.bfv import Scheme
-from propolis.secure.wire import decode, encode
+from propolis.secure.he.held import KeyBundle
 from propolis.server.he_key import Asked
 
 Mistake = Callable[..., str]
@@ -141,8 +141,8 @@ def test_a_damaged_file_is_one_line(made: Holding) -> None:
     install(made)
     path = made.folder / "device-0" / HE_KEY_FILE
     whole = path.read_bytes()
-    kept = decode(KeptKey, whole, he_key_pb2.KeptKey)
-    unsaid = encode(replace(kept, statement=replace(kept.statement, payload=b"\xff")), he_key_pb2.KeptKey)
+    kept = KeyBundle.from_bytes(whole)
+    unsaid = replace(kept, statement=replace(kept.statement, payload=b"\xff")).to_bytes()
     for damaged in (b"", b"\xff", whole[:-1], whole + b"\xff", unsaid):
         path.write_bytes(damaged)
         for act in (loaded, install):
