@@ -87,8 +87,7 @@ class Deliveries:
 
     def news(self, spread_s: float = 0.0) -> None:
         """There may be something new: ask within this time; called on the loop that `run` runs on."""
-        due = time.monotonic() + random.uniform(0, spread_s)  # noqa: S311
-        self._due = due if self._due is None else min(self._due, due)
+        self._ask_by(time.monotonic() + random.uniform(0, spread_s))  # noqa: S311
         self._news.set()
 
     async def run(self) -> None:
@@ -146,8 +145,7 @@ class Deliveries:
         """Until it is time: news comes at a random moment of theirs, what failed is tried later and later."""
         if tries:
             pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(tries, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
-            again = time.monotonic() + pause
-            self._due = again if self._due is None else min(self._due, again)
+            self._ask_by(time.monotonic() + pause)
         while self._due is None or self._due > time.monotonic():
             self._news.clear()
             with suppress(TimeoutError):
@@ -155,6 +153,10 @@ class Deliveries:
                 await asyncio.wait_for(self._news.wait(), left)
         await asyncio.sleep(max(0.0, self._looked + _LEAST_PAUSE_S - time.monotonic()))
         self._due, self._looked = None, time.monotonic()
+
+    def _ask_by(self, due: float) -> None:
+        """Ask at this time, on the monotonic clock, if not earlier."""
+        self._due = due if self._due is None else min(self._due, due)
 
     def _say(self, text: str) -> None:
         """A line of the log, once for each reason in a row."""
@@ -176,13 +178,16 @@ class Deliveries:
         if offered <= before:
             return
         roster = await fetcher.roster()
+
+        def take(device: Device) -> int:
+            device.take_roster(roster)
+            return _roster_number(device)
+
         try:
-            await asyncio.to_thread(store.change, lambda device: device.take_roster(roster))
+            if await asyncio.to_thread(store.change, take) > before:
+                self._tried.clear()
         except TrustError as error:
             self._say(f"the server's roster is not taken: {error}")
-            return
-        if await asyncio.to_thread(store.change, _roster_number) > before:
-            self._tried.clear()
 
     async def _announce(self, fetcher: Fetcher) -> None:
         """Let post-quantum packages be sealed to this device; it takes the others where that does not work."""

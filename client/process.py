@@ -59,14 +59,12 @@ def attend(folder: Path, config: ClientConfig, attendance: Attendance, passphras
         KeyboardInterrupt: somebody stopped it.
     """
     quiet_flower()
-    tls = _tls_of(folder, config, passphrase)
+    server, tls = _ends(folder, config, passphrase)
     app = load_client_app(config.app) if config.app else _ready_app(config)
     node_config = {FOLDER_KEY: str(folder.resolve()), **config.node}
     runner = AppRunner(app, DeviceName.of(tls.certificate).node_id, node_config)
-    options = AgentOptions(
-        str(config.server), attendance.once, attendance.patience, largest_message=config.largest_message * 2**20
-    )
-    deliveries = _deliveries(folder, config, tls, passphrase) if config.install else None
+    options = AgentOptions(server, attendance.once, attendance.patience, largest_message=config.largest_message * 2**20)
+    deliveries = _deliveries(folder, config, server, tls, passphrase) if config.install else None
     with alone(folder / _PROCESS_LOCK, f"another process is this device already: it runs with {folder}"):
         asyncio.run(_run(Agent(options, tls, runner, Worker(), Spools(folder), _news_of(deliveries)), deliveries))
 
@@ -86,12 +84,12 @@ def fetch(folder: Path, config: ClientConfig, passphrase: bytes | None = None) -
         UsageError: something that was given is not usable.
         PropolisError: the server cannot be reached or does not take this device, or a model could not be taken.
     """
-    return asyncio.run(_deliveries(folder, config, _tls_of(folder, config, passphrase), passphrase).look())
+    return asyncio.run(_deliveries(folder, config, *_ends(folder, config, passphrase), passphrase).look())
 
 
-def _deliveries(folder: Path, config: ClientConfig, tls: Tls, passphrase: bytes | None) -> Deliveries:
+def _deliveries(folder: Path, config: ClientConfig, server: str, tls: Tls, passphrase: bytes | None) -> Deliveries:
     taking = Taking(
-        str(config.server),
+        server,
         config.largest_model * 2**20,
         config.download_rate * 2**10,
         config.store_plain,
@@ -104,14 +102,14 @@ def _news_of(deliveries: Deliveries | None) -> Callable[[float], None]:
     return (lambda _: None) if deliveries is None else deliveries.news
 
 
-def _tls_of(folder: Path, config: ClientConfig, passphrase: bytes | None) -> Tls:
-    """The device's certificate and key, looked at before anything connects."""
+def _ends(folder: Path, config: ClientConfig, passphrase: bytes | None) -> tuple[str, Tls]:
+    """Where the server is, and the device's certificate and key, looked at before anything connects."""
     if config.server is None:
         raise UsageError(f"{folder} names no server: give --server HOST:PORT")
     tls = load_tls(folder, passphrase)
     if (fault := fault_of(tls, time.time())) is not None:
         raise UsageError(f"{folder}: {fault}")
-    return tls
+    return config.server, tls
 
 
 def load_client_app(reference: str) -> ClientApp:

@@ -223,14 +223,14 @@ def records(device: Path) -> dict[str, Record]:
 def installed_releases(device: Path) -> list[Release]:
     """The current release of every model; a record that is damaged is logged, and its model counts as not there."""
     found = []
-    for home in sorted((device / MODELS_FOLDER).glob("*")):
+    for name in model_names(device):
         try:
-            record = record_of(device, home.name)
+            record = record_of(device, name)
         except StorageError as error:
             _log.warning("%s", error)
             continue
         if record is not None and record.current is not None:
-            found.append(Release(home.name, record.current.release.sequence, record.current.release.manifest))
+            found.append(Release(name, record.current.release.sequence, record.current.release.manifest))
     return found
 
 

@@ -122,17 +122,13 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Check a package as devices do, as far as that goes without a key."""
-    from propolis.package import Package
-    from propolis.secure.manifest import LARGEST_PLAINTEXT, Expected, Trust, accept
+    from propolis.package import verify_package
+    from propolis.secure.manifest import LARGEST_PLAINTEXT, Expected, Trust
     from propolis.server.roster import load_root, load_roster_of
 
     root_key = load_root(federation)
     trust = Trust(root_key, load_roster_of(root_key, federation))
-    with Package.open(package) as opened:
-        accepted = accept(opened.release, trust, Expected(time.time(), LARGEST_PLAINTEXT, name))
-        opened.require_whole(accepted.manifest)
-        for _ in opened.chunks():
-            pass
+    accepted = verify_package(package, trust, Expected(time.time(), LARGEST_PLAINTEXT, name))
     if as_json:
         typer.echo(json.dumps(manifest_as_json(accepted.manifest) | {"release_key": accepted.serial}))
         return

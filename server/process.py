@@ -59,6 +59,8 @@ _LOOK_S = 0.5
 _OURS = frozenset({"data", "device", "clients", "backend", "workers", "ray_cpus", "dropout", "partition"})
 _log = logging.getLogger("propolis.server")
 
+Ends = tuple[Tls, Membership, Enrolment | None]
+
 
 def serve(served: Served, passphrase: bytes | None = None, console: Console | None = None) -> dict[str, Any] | None:
     """Run the job that `served` describes over the devices that connect.
@@ -78,15 +80,11 @@ def serve(served: Served, passphrase: bytes | None = None, console: Console | No
         KeyboardInterrupt: somebody stopped it; the rounds completed so far are in the folder.
     """
     quiet_flower()
-    config, out = served.config, Path(served.config.out)
     registration = _registration(served)
-    tls, membership = _ourselves(config, passphrase)
-    enrolment = _enrolment(config, membership, passphrase)
-    out.mkdir(parents=True, exist_ok=True)
-    with alone(out / _PROCESS_LOCK, _taken(out)):
-        if config.app is None:
-            return _run_ready(served, (tls, membership, enrolment), console, registration)
-        _run_app(load_server_app(config.app), served, (tls, membership, enrolment))
+    with _prepared(served.config, passphrase) as ends:
+        if served.config.app is None:
+            return _run_ready(served, ends, console, registration)
+        _run_app(load_server_app(served.config.app), served, ends)
         return None
 
 
@@ -102,24 +100,25 @@ def stay(served: Served, passphrase: bytes | None = None) -> None:
         PropolisError: the link has failed.
     """
     quiet_flower()
-    config = served.config
-    tls, membership = _ourselves(config, passphrase)
-    enrolment = _enrolment(config, membership, passphrase)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with suppress(KeyboardInterrupt), alone(out / _PROCESS_LOCK, _taken(out)):
-        with _linked(config, {}, tls, membership, enrolment) as (_, link):
+    with suppress(KeyboardInterrupt), _prepared(served.config, passphrase) as ends:
+        with _linked(served.config, {}, *ends) as (_, link):
             _log.info("staying: devices may enrol and fetch models")
             while link.is_up:
                 time.sleep(_LOOK_S)
         raise PropolisError("the link has failed: its log says why")
 
 
-def _taken(out: Path) -> str:
-    return f"another server works in {out}: name another folder"
+@contextmanager
+def _prepared(config: ServerConfig, passphrase: bytes | None) -> Iterator[Ends]:
+    """What the link needs, looked at before anything listens, and its folder, which no other server works in."""
+    tls, membership = _ourselves(config, passphrase)
+    enrolment, out = _enrolment(config, membership, passphrase), Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out / _PROCESS_LOCK, f"another server works in {out}: name another folder"):
+        yield tls, membership, enrolment
 
 
-def _run_app(app: ServerApp, served: Served, ends: tuple[Tls, Membership, Enrolment | None]) -> None:
+def _run_app(app: ServerApp, served: Served, ends: Ends) -> None:
     """A user's ServerApp over the devices that connect."""
     config = served.config
     with _linked(config, served.run_config, *ends) as (grid, link):
@@ -159,7 +158,7 @@ def _enrolment(config: ServerConfig, membership: Membership, passphrase: bytes |
 
 def _run_ready(
     served: Served,
-    ends: tuple[Tls, Membership, Enrolment | None],
+    ends: Ends,
     console: Console | None,
     registration: Registration | None,
 ) -> dict[str, Any]:

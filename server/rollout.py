@@ -20,10 +20,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from propolis.link.delivery import MOST_OFFERS, Release
-from propolis.package import Package, manifest_of_keys
+from propolis.package import manifest_of_keys, verify_package
 from propolis.secure import labels
 from propolis.secure.errors import RefusedError, StorageError, UsageError
-from propolis.secure.manifest import LARGEST_PLAINTEXT, Accepted, Expected, Trust, accept
+from propolis.secure.manifest import LARGEST_PLAINTEXT, Accepted, Expected, Trust
 from propolis.secure.release import LARGEST_NUMBER
 from propolis.server.publish import KEYS_SUFFIX
 from propolis.server.roster import load_root, load_roster_of
@@ -117,10 +117,6 @@ class Rollouts:
         known = ", ".join(sorted({each.name for each in every})) or "none"
         raise UsageError(f"no release of {name} has been handed over for delivery; there are releases of: {known}")
 
-    def newest(self, name: str) -> Rollout:
-        """The newest rollout of a model; raises UsageError when there is none."""
-        return self.all_of(name)[0]
-
     def package(self, rollout: Rollout) -> Path:
         """Its package; the keys are beside it."""
         return self.home / rollout.name / str(rollout.sequence) / PACKAGE_FILE
@@ -191,9 +187,9 @@ class Rollouts:
 
     def _to_change(self, name: str, sequence: int | None, rollouts: Iterable[Rollout]) -> Rollout:
         """The one of this number, or the newest that was not stopped."""
-        self.newest(name)
         mine = [each for each in rollouts if each.name == name and sequence in (None, each.sequence)]
         if not mine:
+            self.all_of(name)  # which says where there are none at all
             raise UsageError(f"release {sequence} of {name} is not, or no longer, on offer: propolis rollout show")
         found = next((each for each in mine if each.progress is not Progress.STOPPED), None)
         if found is None:
@@ -205,11 +201,7 @@ class Rollouts:
         root_key = load_root(self._folder)
         trust = Trust(root_key, load_roster_of(root_key, self._folder))
         try:
-            with Package.open(package) as opened:
-                accepted = accept(opened.release, trust, Expected(now, LARGEST_PLAINTEXT))
-                opened.require_whole(accepted.manifest)
-                for _ in opened.chunks():
-                    pass
+            accepted = verify_package(package, trust, Expected(now, LARGEST_PLAINTEXT))
             keys = package.with_name(package.name + KEYS_SUFFIX)
             if manifest_of_keys(keys) != accepted.digest:
                 raise UsageError(f"{keys} has the keys of another package")

@@ -24,7 +24,7 @@ from propolis.secure.envelope import SEALED_CHUNK_BYTES, chunk_count
 from propolis.secure.errors import PeerError, Refusal, TrustError
 from propolis.secure.identity import DIGEST_BYTES, Signed
 from propolis.secure.kem import Kem
-from propolis.secure.manifest import LARGEST_PLAINTEXT, Manifest, Release
+from propolis.secure.manifest import LARGEST_PLAINTEXT, Accepted, Expected, Manifest, Release, Trust, accept
 from propolis.secure.wire import decode, encode, sized, version_field
 from propolis.storage import write_atomically
 
@@ -113,6 +113,21 @@ class Package:
         """Open a package; raises UsageError when it cannot be read, and as the constructor does."""
         with open_file(path, follow=follow) as file:
             yield cls(file, path.name)
+
+
+def verify_package(path: Path, trust: Trust, expected: Expected) -> Accepted:
+    """What a package says, all of it checked as devices do, as far as that goes without a key.
+
+    Raises:
+        UsageError: it cannot be read.
+        PeerError, TrustError: devices would refuse it.
+    """
+    with Package.open(path) as package:
+        accepted = accept(package.release, trust, expected)
+        package.require_whole(accepted.manifest)
+        for _ in package.chunks():
+            pass
+    return accepted
 
 
 def write_keys(path: Path, manifest: bytes, keys: Iterable[WrappedKey], kem: Kem = Kem.X25519) -> None:
