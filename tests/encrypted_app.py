@@ -8,9 +8,9 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
-from secure_app import MODEL, Arrays, Wire, Work, app_of, body_of, honest, mean_shift, record
+from secure_app import Arrays, Rounds, Wire, Work, app_of, body_of, honest, mean_shift
 
 from propolis.client.encrypted import OpenedModel, open_model, open_sum
 from propolis.client.state import DeviceStore, MemoryStore
@@ -38,7 +38,7 @@ def another_key(federation: Federation, clients: int | None = None, bits: int = 
     return make_encryption_keys(federation.root, federation.devices, parameters)
 
 
-class EncryptedHive:
+class EncryptedHive(Rounds):
     """Some devices that work as told, node id = index + 1, and an encrypting grid around them."""
 
     def __init__(
@@ -70,20 +70,6 @@ class EncryptedHive:
         """A server that knows nothing of what was before."""
         return HeGrid(self.wire, strategy, self.federation.verified_roster, self.encryption, **self._more)
 
-    def messages(
-        self, kind: str = "train", model: Arrays = MODEL, nodes: Iterable[int] | None = None, **config: Any
-    ) -> list[Message]:
-        records = RecordDict({"arrays": record(model), "config": ConfigRecord(config)})
-        chosen = self.wire.get_node_ids() if nodes is None else nodes
-        return [self.grid.create_message(records, kind, node_id, "") for node_id in chosen]
-
-    def round(
-        self, kind: str = "train", model: Arrays = MODEL, nodes: Iterable[int] | None = None, **config: Any
-    ) -> Message:
-        """The one reply to one round."""
-        (reply,) = self.grid.send_and_receive(self.messages(kind, model, nodes, **config), timeout=60)
-        return reply
-
     def opened(self, device: int = 0) -> OpenedModel:
         """The global model as a device sees it."""
         assert self.grid.model is not None
@@ -106,9 +92,6 @@ class EncryptedHive:
             return with_content(message, RecordDict({**message.content, RECORD: told}))
 
         self.wire.deliver = deliver
-
-    def _store(self, context: Context) -> DeviceStore:
-        return self.stores[int(context.node_config["partition-id"])]
 
 
 def require_opened(opened: OpenedModel, base: Arrays, indices: Iterable[int], tolerance: float = 2e-4) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -42,6 +43,14 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
     assert done.stderr.count("\n") == 1, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done.stderr.strip()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Fail where it does not come to pass in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
 
 
 def free_port() -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from harness import wait_until
 from propolis.client.agent import Agent, AgentOptions
 from propolis.client.runner import AppRunner, Worker
 from propolis.link.certificates import DeviceName, Tls, load_tls
@@ -147,10 +148,7 @@ class Link:
         self.wait_until(lambda: {self.node_id(i) for i in indices} <= set(self.grid.get_node_ids()))
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = WAIT_S) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, "it did not come to pass"
-            time.sleep(0.01)
+        wait_until(condition, seconds)
 
     def messages(self, values: np.ndarray | None = None, nodes: list[int] | None = None) -> list[Message]:
         content = RecordDict({"c": ConfigRecord({"n": 1, "b": b"bytes"})})

@@ -172,7 +172,38 @@ def with_body(message: Message, body: bytes) -> Message:
     return with_content(message, RecordDict({**message.content, RECORD: protocol_record(exchange, body)}))
 
 
-class Hive:
+class Rounds:
+    """Asks the devices of a hive through its grid, as a strategy does.
+
+    Attributes:
+        wire: between the grid and the devices.
+        grid: that protects what they say.
+        stores: the devices', by index.
+    """
+
+    wire: Wire
+    grid: Grid
+    stores: list[DeviceStore]
+
+    def messages(
+        self, kind: str = "train", model: Arrays = MODEL, nodes: Iterable[int] | None = None, **config: Any
+    ) -> list[Message]:
+        records = RecordDict({"arrays": record(model), "config": ConfigRecord(config)})
+        chosen = self.wire.get_node_ids() if nodes is None else nodes
+        return [self.grid.create_message(records, kind, node_id, "") for node_id in chosen]
+
+    def round(
+        self, kind: str = "train", model: Arrays = MODEL, nodes: Iterable[int] | None = None, **config: Any
+    ) -> Message:
+        """The one reply to one round."""
+        (reply,) = self.grid.send_and_receive(self.messages(kind, model, nodes, **config), timeout=60)
+        return reply
+
+    def _store(self, context: Context) -> DeviceStore:
+        return self.stores[int(context.node_config["partition-id"])]
+
+
+class Hive(Rounds):
     """Some devices that work as told, node id = index + 1, and a secure grid around them."""
 
     def __init__(
@@ -197,28 +228,11 @@ class Hive:
             self.wire, strategy or FedAvg(), self.federation.verified_roster, self.protection, exact=exact
         )
 
-    def messages(
-        self, kind: str = "train", model: Arrays = MODEL, nodes: Iterable[int] | None = None, **config: Any
-    ) -> list[Message]:
-        records = RecordDict({"arrays": record(model), "config": ConfigRecord(config)})
-        chosen = self.wire.get_node_ids() if nodes is None else nodes
-        return [self.grid.create_message(records, kind, node_id, "") for node_id in chosen]
-
-    def round(
-        self, kind: str = "train", model: Arrays = MODEL, nodes: Iterable[int] | None = None, **config: Any
-    ) -> Message:
-        """The one reply to one round."""
-        (reply,) = self.grid.send_and_receive(self.messages(kind, model, nodes, **config), timeout=60)
-        return reply
-
     @property
     def step(self) -> float:
         """What a mean of whole devices may be off by: a step of the grid for each, relative to the mean weight."""
         devices, protection = len(self.stores), self.protection
         return wrap_free(protection.codec.width, devices, self.grid.scale.range).step * protection.max_weight
-
-    def _store(self, context: Context) -> DeviceStore:
-        return self.stores[int(context.node_config["partition-id"])]
 
 
 def require_mean(reply: Message, indices: Iterable[int], tolerance: float = 2e-3, model: Arrays = MODEL) -> None:

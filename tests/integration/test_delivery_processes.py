@@ -6,8 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from delivering import Site
 from onnx_models import linear
 
-from harness import free_port
+from harness import free_port, wait_until
 from propolis.client.slots import records
 from propolis.link.delivery import Outcome
 from propolis.secure.manifest import Kind
@@ -37,13 +36,6 @@ def process(log: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         started.kill()
         started.wait()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -73,14 +65,14 @@ def test_devices_train_and_then_take_what_is_released_although_one_is_killed_mea
             stack.enter_context(process(site.folder / f"log-{index}", *device_of(site, index, address)))
             for index in range(DEVICES)
         ]
-        wait_until(lambda: "staying" in log.read_text())
+        wait_until(lambda: "staying" in log.read_text(), WAIT_S)
         assert json.loads((site.folder / "run" / "result.json").read_text())["status"] == "completed"
 
         first = site.release(1, files=FILES, percent=100)
         for index in range(DEVICES):
             site.wait_for_report(first.release, Outcome.INSTALLED, index)
         second = site.release(2, files={**FILES, "more.bin": (bytes(20_000_000), Kind.OTHER)})
-        wait_until(lambda: (site.device(0) / "incoming" / second.manifest).exists())
+        wait_until(lambda: (site.device(0) / "incoming" / second.manifest).exists(), WAIT_S)
         devices[0].send_signal(signal.SIGKILL)
         assert records(site.device(0))["digits"].slots[0].release.sequence in (1, 2)
         stack.enter_context(process(site.folder / "log-0", *device_of(site, 0, address)))

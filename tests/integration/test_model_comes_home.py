@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import tritonclient.grpc as triton
 from conftest import Command
 from sklearn.datasets import load_digits
 
-from harness import free_port
+from harness import free_port, wait_until
 
 WAIT_S = 60.0
 
@@ -34,14 +33,7 @@ class Server:
             self.process = subprocess.Popen(command, cwd=folder, stderr=errors)
 
     def wait_for(self, said: str) -> None:
-        wait_until(lambda: said in self.log.read_text())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.1)
+        wait_until(lambda: said in self.log.read_text(), WAIT_S)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from onnx_models import WEIGHTS, linear
 from registries import model_file, the_blobs
 from serving_processes import serving
 
+from harness import wait_until
 from propolis.secure.errors import StorageError, UsageError
 from propolis.secure.manifest import Kind
 from propolis.server.registry import Registry
@@ -189,13 +189,6 @@ def version_asked(client: triton.InferenceServerClient) -> str:
     return str(result.get_response().model_version)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < until
-        threading.Event().wait(0.02)
-
-
 def test_a_promotion_changes_what_is_served_and_a_registry_that_is_away_does_not(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,14 +207,14 @@ def test_a_promotion_changes_what_is_served_and_a_registry_that_is_away_does_not
             assert client.is_model_ready("file")
             assert version_asked(client) == "1"
             registry.promote("digits", 2)
-            wait_until(lambda: version_asked(client) == "2")
+            wait_until(lambda: version_asked(client) == "2", DEADLINE_S)
             (tmp_path / "registry").rename(tmp_path / "away")
             for _ in range(20):
                 assert version_asked(client) == "2"
                 threading.Event().wait(0.02)
             (tmp_path / "away").rename(tmp_path / "registry")
             Registry(tmp_path / "registry").promote("digits", 3)
-            wait_until(lambda: version_asked(client) == "3")
+            wait_until(lambda: version_asked(client) == "3", DEADLINE_S)
             assert holding_weights(tmp_path) == ["linear.onnx"], "the one that is served from a file"
         process.terminate()
         assert process.wait(DEADLINE_S) == 0

@@ -22,7 +22,7 @@ from onnx import TensorProto
 from onnx_models import WEIGHTS, copying, endless, external, linear, mixed
 from serving_processes import serving
 
-from harness import free_port
+from harness import free_port, wait_until
 from propolis.link.authority import Authority
 from propolis.link.certificates import DeviceName, new_tls_key, signing_request, to_pem
 from propolis.link.keys import save_private_key
@@ -130,7 +130,7 @@ def test_a_model_that_never_ends_does_not_keep_the_process(tmp_path: Path) -> No
     with subprocess.Popen([sys.executable, "-c", _SERVES, url], cwd=tmp_path) as process:
         try:
             with triton.InferenceServerClient(url) as client:
-                wait_until(lambda: is_ready(client))
+                wait_until(lambda: is_ready(client), DEADLINE_S)
                 with ThreadPoolExecutor(1) as caller:
                     asked = caller.submit(client.infer, "m", [tensor("input", "FP32", rows(1))], client_timeout=60)
                     threading.Event().wait(0.5)
@@ -146,13 +146,6 @@ def is_ready(client: triton.InferenceServerClient) -> bool:
         return bool(client.is_server_ready(client_timeout=1))
     except triton.InferenceServerException:
         return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < until
-        threading.Event().wait(0.02)
 
 
 def wait_for_pending(process: subprocess.Popen[str], count: int) -> None:
