@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from propolis.messages import Arrays, model_in
 from propolis.secure.codec.update import Update
 from propolis.secure.errors import PeerError, Refusal
-from propolis.secure.secagg.plan import Kind, Plan
+from propolis.secure.secagg.plan import Kind, Terms
 from propolis.secure.secagg.policy import Policy
 
 _log = logging.getLogger("propolis.client")
@@ -36,10 +36,10 @@ class Asked:
     names: frozenset[str]
 
     @classmethod
-    def of(cls, plan: Plan) -> Self:
+    def of(cls, terms: Terms) -> Self:
         """From the plan of a secure sum."""
-        encoding = plan.encoding
-        return cls(Kind(plan.kind), encoding.weight_key, frozenset((*encoding.quantized, *encoding.exact)))
+        encoding = terms.encoding
+        return cls(terms.kind, encoding.weight_key, frozenset((*encoding.quantized, *encoding.exact)))
 
     def require_type(self, message: Message) -> None:
         """Refuse a message of another type than the round is for; raises PeerError."""

@@ -38,6 +38,7 @@ from propolis.secure.codec.pipeline import Pipeline
 from propolis.secure.codec.series import Broadcast, Version, rebuild
 from propolis.secure.codec.update import encode_update
 from propolis.secure.errors import PropolisError, Refusal, RefusedError, TrustError
+from propolis.secure.secagg.addition import RingVector
 from propolis.secure.secagg.device import Device, Upload
 from propolis.secure.secagg.plan import Terms
 from propolis.secure.secagg.states import Exchange
@@ -144,11 +145,11 @@ def _upload(
 
     def begin(device: Device) -> tuple[bytes | None, Terms, Pipeline, int, bytes]:
         terms = device.terms
-        asked = Asked.of(terms.plan)
+        asked = Asked.of(terms)
         asked.require_type(message)
         asked.require_names(old, exactly=False)
         device.require_reveals_left(model)
-        pipeline = Pipeline(terms.plan.encoding, len(terms.cohort), shapes_of(old), old)
+        pipeline = Pipeline(terms.encoding, len(terms.cohort), shapes_of(old), old)
         device.require_share(pipeline.support)
         place = terms.place(device.state.index)
         return (
@@ -166,13 +167,13 @@ def _upload(
         store.keep_model(version)
     message.content = content
     try:
-        update = trained_update(message, context, call_next, old, Asked.of(terms.plan), store.policy)
+        update = trained_update(message, context, call_next, old, Asked.of(terms), store.policy)
         rng = np.random.default_rng(int.from_bytes(seed, "big"))
         vector, lanes, metrics = encode_update(update, pipeline, place, rng)
     except Exception:  # whatever it is, that there is one says something of the data
         store.change(lambda device: device.count_reveal(model))
         raise
-    upload = Upload(shared_input, model, vector, lanes, metrics)
+    upload = Upload(shared_input, model, RingVector(vector, terms.grid.ring), lanes, metrics)
     return store.change(lambda device: device.upload(request, upload))
 
 

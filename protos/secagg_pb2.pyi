@@ -38,7 +38,7 @@ class HelloReply(_message.Message):
     def __init__(self, descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., prekey: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("version", "suite", "run_id", "round", "attempt", "kind", "roster_number", "roster_digest", "cohort", "malicious", "corrupted_ppm", "dropped_ppm", "encoding")
+    __slots__ = ("version", "suite", "run_id", "round", "attempt", "kind", "roster_number", "roster_digest", "cohort", "malicious", "corrupted_ppm", "dropped_ppm", "encoding", "encrypted")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SUITE_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class Plan(_message.Message):
     CORRUPTED_PPM_FIELD_NUMBER: _ClassVar[int]
     DROPPED_PPM_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
+    ENCRYPTED_FIELD_NUMBER: _ClassVar[int]
     version: int
     suite: int
     run_id: bytes
@@ -65,7 +66,8 @@ class Plan(_message.Message):
     corrupted_ppm: int
     dropped_ppm: int
     encoding: Encoding
-    def __init__(self, version: _Optional[int] = ..., suite: _Optional[int] = ..., run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[int] = ..., roster_number: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., cohort: _Optional[bytes] = ..., malicious: bool = ..., corrupted_ppm: _Optional[int] = ..., dropped_ppm: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ...) -> None: ...
+    encrypted: bytes
+    def __init__(self, version: _Optional[int] = ..., suite: _Optional[int] = ..., run_id: _Optional[bytes] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., kind: _Optional[int] = ..., roster_number: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., cohort: _Optional[bytes] = ..., malicious: bool = ..., corrupted_ppm: _Optional[int] = ..., dropped_ppm: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ..., encrypted: _Optional[bytes] = ...) -> None: ...
 
 class Encoding(_message.Message):
     __slots__ = ("width", "step", "levels", "clip", "rotated", "density", "keep", "pruned", "seed", "max_weight", "weight_key", "quantized", "exact")
@@ -234,7 +236,7 @@ class ClientState(_message.Message):
     def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., index: _Optional[int] = ..., descriptor_digest: _Optional[bytes] = ..., phase: _Optional[int] = ..., mask_secret: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., prekey_private: _Optional[bytes] = ..., prekey_number: _Optional[int] = ..., neighbours: _Optional[_Iterable[_Union[ClientState.Neighbour, _Mapping]]] = ..., alive: _Optional[bytes] = ...) -> None: ...
 
 class ServerState(_message.Message):
-    __slots__ = ("version", "plan", "uploading", "dimension", "fixed_lanes", "members", "vector", "lanes", "metrics")
+    __slots__ = ("version", "plan", "uploading", "fixed_lanes", "members", "total", "lanes", "metrics")
     class Share(_message.Message):
         __slots__ = ("dealer", "value")
         DEALER_FIELD_NUMBER: _ClassVar[int]
@@ -268,22 +270,20 @@ class ServerState(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     UPLOADING_FIELD_NUMBER: _ClassVar[int]
-    DIMENSION_FIELD_NUMBER: _ClassVar[int]
     FIXED_LANES_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
-    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     version: int
     plan: bytes
     uploading: bool
-    dimension: int
     fixed_lanes: int
     members: _containers.RepeatedCompositeFieldContainer[ServerState.Member]
-    vector: bytes
+    total: bytes
     lanes: bytes
     metrics: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., uploading: bool = ..., dimension: _Optional[int] = ..., fixed_lanes: _Optional[int] = ..., members: _Optional[_Iterable[_Union[ServerState.Member, _Mapping]]] = ..., vector: _Optional[bytes] = ..., lanes: _Optional[bytes] = ..., metrics: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., uploading: bool = ..., fixed_lanes: _Optional[int] = ..., members: _Optional[_Iterable[_Union[ServerState.Member, _Mapping]]] = ..., total: _Optional[bytes] = ..., lanes: _Optional[bytes] = ..., metrics: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeviceState(_message.Message):
     __slots__ = ("version", "root_key", "signing_private", "hpke_private", "descriptor", "roster", "prekey_number", "prekey_private", "rounding_secret", "runs", "peers", "reveals", "round", "plan", "model", "answers")

@@ -185,5 +185,6 @@ def _layout_of(cls: Any) -> tuple[_Field, ...]:
         entry = get_args(kind)[0] if repeated or may_lack else kind
         bound, optional = each.metadata.get("bound", Bound()), may_lack or each.metadata.get("implied", False)
         is_message = hasattr(entry, "__dataclass_fields__")
-        layout.append(_Field(each.name, entry, bound, is_message, repeated, optional, each.default))
+        default = None if may_lack else each.default
+        layout.append(_Field(each.name, entry, bound, is_message, repeated, optional, default))
     return tuple(layout)

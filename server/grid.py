@@ -21,6 +21,8 @@ from propolis.secure.codec.scale import Scale
 from propolis.secure.codec.update import Mean, count_lanes, decode_mean
 from propolis.secure.errors import PeerError, TooFewPeersError, UsageError
 from propolis.secure.identity import TrustedRoster
+from propolis.secure.ring import Vector
+from propolis.secure.secagg.addition import RingTotal
 from propolis.secure.secagg.plan import Kind, Terms
 from propolis.secure.secagg.server import SecAggServer
 from propolis.server.batch import Batch, Outcome
@@ -128,7 +130,7 @@ class SecureGrid(ProtectedGrid):
             return self._published_mean(*recalled, channel)
         return self._published_mean(batch, self._collected(batch, channel), channel)
 
-    def _collected(self, batch: Batch, channel: Channel) -> SecAggServer:
+    def _collected(self, batch: Batch, channel: Channel) -> SecAggServer[Vector]:
         """A round with the devices that are there, up to the shares that its sum needs."""
         handshake = min(batch.timeout, HANDSHAKE_S)
         say_hello(channel, self._directory, self._roster.signed, batch.node_ids, handshake)
@@ -149,12 +151,12 @@ class SecureGrid(ProtectedGrid):
             self._journal.keep(batch, server)
         return server
 
-    def _published_mean(self, batch: Batch, server: SecAggServer, channel: Channel) -> Message:
+    def _published_mean(self, batch: Batch, server: SecAggServer[Vector], channel: Channel) -> Message:
         mean = self._mean(server, batch, channel)
         self._remember_published(batch, frozenset(server.alive))
         return self._reply(batch, mean, server, channel)
 
-    def _mean(self, server: SecAggServer, batch: Batch, channel: Channel) -> Mean:
+    def _mean(self, server: SecAggServer[Vector], batch: Batch, channel: Channel) -> Mean:
         """What the devices' sum says; a device that is known to have made it impossible takes part no more."""
         pipeline = _pipeline(server.terms, batch)
         try:
@@ -167,7 +169,7 @@ class SecureGrid(ProtectedGrid):
         except TooFewPeersError as error:
             raise TooFewPeersError(f"{error}{channel.said}") from None
 
-    def _role(self, batch: Batch, nodes: dict[int, int]) -> SecAggServer:
+    def _role(self, batch: Batch, nodes: dict[int, int]) -> SecAggServer[Vector]:
         """The protocol's role for the devices that are there."""
         if len(nodes) < self._protection.min_clients:
             raise TooFewPeersError(
@@ -182,8 +184,8 @@ class SecureGrid(ProtectedGrid):
             terms,
             self._roster,
             keys,
-            _pipeline(terms, batch).size,
-            count_lanes(plan.encoding, batch.shapes),
+            RingTotal(terms.grid.ring, _pipeline(terms, batch).size),
+            count_lanes(terms.encoding, batch.shapes),
             metrics=self._metric_names.get(batch.kind),
         )
 
@@ -201,7 +203,7 @@ class SecureGrid(ProtectedGrid):
         while len(self._published) > _MODELS_REMEMBERED:
             del self._published[next(iter(self._published))]
 
-    def _reply(self, batch: Batch, mean: Mean, server: SecAggServer, channel: Channel) -> Message:
+    def _reply(self, batch: Batch, mean: Mean, server: SecAggServer[Vector], channel: Channel) -> Message:
         metrics: dict[str, int | float | list[int] | list[float]] = {**mean.metrics, self._weight_key: mean.weight}
         content = RecordDict()
         if batch.kind is Kind.TRAIN:
@@ -211,7 +213,7 @@ class SecureGrid(ProtectedGrid):
                 if name in mean.changes
             }
             content[batch.model_key] = ArrayRecord(arrays)
-            encoding = server.terms.plan.encoding
+            encoding = server.terms.encoding
             metrics |= {"saturated": mean.saturated, "clipped": mean.clipped, "wraps": mean.wraps}
             metrics |= {"bits": encoding.width, "update-range": encoding.grid.range, "largest-change": mean.largest}
             self.scale = self.scale.following(mean, encoding)
@@ -227,7 +229,7 @@ class SecureGrid(ProtectedGrid):
 
 def _pipeline(terms: Terms, batch: Batch) -> Pipeline:
     """The codec of a round, as its devices have it."""
-    return Pipeline(terms.plan.encoding, len(terms.cohort), batch.shapes, batch.model)
+    return Pipeline(terms.encoding, len(terms.cohort), batch.shapes, batch.model)
 
 
 def _require_averaging(strategy: Strategy) -> None:

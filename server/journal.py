@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from propolis.secure.errors import StorageError
 from propolis.secure.identity import TrustedRoster
@@ -25,13 +26,13 @@ class Journal:
         self._path = path
         self._is_fresh = True
 
-    def keep(self, batch: Batch, server: SecAggServer) -> None:
+    def keep(self, batch: Batch, server: SecAggServer[Any]) -> None:
         """Write a round down; raises StorageError."""
         self._is_fresh = False
         remove_stale(self._path)
         write_atomically(self._path, batch.asked + batch.shared_input + server.to_bytes(), mode=0o600)
 
-    def recall(self, batch: Batch, roster: TrustedRoster) -> tuple[Batch, SecAggServer] | None:
+    def recall(self, batch: Batch, roster: TrustedRoster) -> tuple[Batch, SecAggServer[Any]] | None:
         """The round that was written down for the same batch before this process was started, if there is one.
 
         Args:

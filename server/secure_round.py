@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from propolis.secure.errors import Refusal, RefusedError, TooFewPeersError
 from propolis.secure.identity import Signed
@@ -73,7 +73,7 @@ class SecureRound:
     """
 
     def __init__(
-        self, channel: Channel, directory: Directory, server: SecAggServer, nodes: dict[int, int], min_clients: int
+        self, channel: Channel, directory: Directory, server: SecAggServer[Any], nodes: dict[int, int], min_clients: int
     ) -> None:
         self._channel, self._directory, self._server, self._nodes = channel, directory, server, nodes
         self._index = {node_id: index for index, node_id in nodes.items()}

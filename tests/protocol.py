@@ -15,6 +15,7 @@ from propolis.secure.errors import RefusedError
 from propolis.secure.identity import TrustedRoster, trusted_roster
 from propolis.secure.prg import Mask
 from propolis.secure.ring import Vector
+from propolis.secure.secagg.addition import RingTotal, RingVector
 from propolis.secure.secagg.device import Device, Upload
 from propolis.secure.secagg.masks import pairwise_masks
 from propolis.secure.secagg.messages import (
@@ -119,7 +120,8 @@ class Cohort:
         """A round of all the devices, who say hello first."""
         terms = Terms((plan or self.plan(**changes)).to_bytes())
         keys = {index: self.hello(index) for index in terms.cohort}
-        return Round(self, terms, SecAggServer(terms, self.roster, keys, dimension, lanes), dimension, lanes)
+        total = RingTotal(terms.grid.ring, dimension)
+        return Round(self, terms, SecAggServer(terms, self.roster, keys, total, lanes), dimension, lanes)
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Round:
 
     cohort: Cohort
     terms: Terms
-    server: SecAggServer
+    server: SecAggServer[Vector]
     dimension: int
     lanes: int
     meddle: Meddle = untouched
@@ -163,7 +165,8 @@ class Round:
             drawn = self.rng.integers(0, 2 ** min(ring.width, 62), self.dimension, dtype=np.uint64)
             self.inputs[index] = drawn.astype(ring.dtype)
         lanes = np.arange(index, index + self.lanes, dtype=np.uint64)
-        return device.upload(request, Upload(shared_input, MODEL, self.inputs[index].copy(), lanes, ()))
+        update = RingVector(self.inputs[index].copy(), ring)
+        return device.upload(request, Upload(shared_input, MODEL, update, lanes, ()))
 
     def confirm(self, silent: Collection[int] = ()) -> None:
         for index in self.server.alive:

@@ -22,8 +22,9 @@ from propolis.secure.codec.lanes import LANES
 from propolis.secure.envelope import open_sealed, seal
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TrustError
 from propolis.secure.identity import Signed, require_contributory, sign, verify
-from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, apply_masks
+from propolis.secure.prg import LANE_STREAM, apply_masks
 from propolis.secure.ring import Vector
+from propolis.secure.secagg.addition import Addend
 from propolis.secure.secagg.confirmation import confirm_alive, require_confirmation
 from propolis.secure.secagg.masks import (
     box_info,
@@ -159,14 +160,14 @@ class SecAggClient:
         self.heads = heads
 
     def upload(
-        self, request: UploadRequest, shared_input: bytes, vector: Vector, lanes: Vector, metrics: tuple[str, ...]
+        self, request: UploadRequest, shared_input: bytes, update: Addend, lanes: Vector, metrics: tuple[str, ...]
     ) -> UploadReply:
         """Mask an update for the neighbours that `check_upload` accepted.
 
         Args:
             request: the same one.
             shared_input: digest of the model, configuration and encoding that the server sent.
-            vector: (d,) in the plan's ring; masked in place.
+            update: what it adds to the sum.
             lanes: (m,) in Z_2^64; one more is added that counts the devices, so that the server sees a wrong sum.
             metrics: names of the last lanes.
         """
@@ -175,13 +176,12 @@ class SecAggClient:
         masks = [self_mask(self.seed, self.own.index, self.terms.digest, shared_input, request_digest)]
         others = [(index, head.mask_key) for index, head in self.heads.items()]
         masks += pairwise_masks(self.own.index, self.mask_private, others, self.terms.digest, shared_input)
-        ring = self.terms.grid.ring
-        apply_masks(vector, masks, ring, VECTOR_STREAM)
+        masked = update.masked(masks)
         witnessed = np.append(lanes, LANES.embed(np.array([1])))
         apply_masks(witnessed, masks, LANES, LANE_STREAM)
         self.phase = Phase.UPLOADED
         self.seed = self.mask_secret = b""  # what is left of them is with the neighbours
-        return UploadReply(self.terms.tag, ring.pack(vector), LANES.pack(witnessed), metrics)
+        return UploadReply(self.terms.tag, masked, LANES.pack(witnessed), metrics)
 
     def confirm(self, request: ConfirmRequest) -> ConfirmReply:
         """Sign who is alive, once; raises PeerError when the set is impossible."""

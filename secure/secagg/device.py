@@ -24,6 +24,7 @@ from propolis.secure.identity import (
     trusted_roster,
 )
 from propolis.secure.ring import Vector
+from propolis.secure.secagg.addition import Addend
 from propolis.secure.secagg.client import Own, SecAggClient
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.masks import public_half
@@ -39,7 +40,7 @@ from propolis.secure.secagg.messages import (
     to_bytes,
 )
 from propolis.secure.secagg.peers import Acquaintances
-from propolis.secure.secagg.plan import Plan, Terms, terms_of
+from propolis.secure.secagg.plan import Encoding, Plan, Terms, terms_of
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
 from propolis.secure.shamir import RandomBytes
@@ -52,14 +53,14 @@ class Upload:
     Attributes:
         shared_input: digest of the model, configuration and encoding that the server sent.
         model: digest of the model alone.
-        vector: (d,) in the plan's ring.
+        update: what the device adds to the sum.
         lanes: (m,) in Z_2^64.
         metrics: names of the last lanes.
     """
 
     shared_input: bytes
     model: bytes
-    vector: Vector
+    update: Addend
     lanes: Vector
     metrics: tuple[str, ...]
 
@@ -153,7 +154,7 @@ class Device:
         answer = self.state.answers.get(Exchange.UPLOAD)
         if answer is None or answer.reply or answer.request != _upload_digest(request, upload.shared_input):
             raise PeerError(Refusal.REPEATED, "this upload is not the one that was begun")
-        reply = client.upload(asked, upload.shared_input, upload.vector, upload.lanes, upload.metrics)
+        reply = client.upload(asked, upload.shared_input, upload.update, upload.lanes, upload.metrics)
         self.state.model = upload.model
         self.state.round = client.to_bytes()
         return self.state.finish_answer(Exchange.UPLOAD, to_bytes(reply))
@@ -242,14 +243,17 @@ class Device:
             raise PeerError(Refusal.POLICY, f"{count} devices are fewer than {policy.min_cohort}")
         if plan.corrupted_ppm < policy.min_corrupted * 1e6 or plan.dropped_ppm < policy.min_dropped * 1e6:
             raise PeerError(Refusal.POLICY, "the plan assumes fewer corrupted or dropped devices than this device does")
-        self.require_weight(plan.encoding.weight_key)
         if policy.require_malicious and not plan.malicious:
             raise PeerError(Refusal.POLICY, "this device asks for protection against a lying server")
-        self._require_policy_of_encoding(plan)
+        if plan.encoding is not None:
+            self._require_policy_of_encoding(plan, plan.encoding)
 
-    def _require_policy_of_encoding(self, plan: Plan) -> None:
+    def _require_policy_of_encoding(self, plan: Plan, encoding: Encoding) -> None:
         """Support, scale, width and seed are the server's to choose within these limits."""
-        policy, encoding = self._policy, plan.encoding
+        policy = self._policy
+        if policy.require_encryption:
+            raise PeerError(Refusal.POLICY, "this device asks for homomorphic encryption")
+        self.require_weight(encoding.weight_key)
         if encoding.width < policy.min_bits:
             raise PeerError(Refusal.POLICY, f"{encoding.width} bits are fewer than {policy.min_bits}")
         if encoding.step > policy.max_step:
@@ -257,7 +261,7 @@ class Device:
         before = terms_of(self.state.plan).plan if self.state.plan else plan
         is_other_round = before.run_id == plan.run_id and before.round != plan.round
         draws = encoding.rotated or encoding.density < 1
-        if draws and is_other_round and encoding.seed == before.encoding.seed:
+        if draws and is_other_round and before.encoding is not None and encoding.seed == before.encoding.seed:
             raise PeerError(Refusal.POLICY, "the codec's seed is that of another round")
 
     def require_new(self, run_id: bytes, name: tuple[int, int]) -> None:

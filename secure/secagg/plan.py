@@ -14,10 +14,12 @@ from propolis.secure.codec.encoding import Encoding as Encoding
 from propolis.secure.codec.quantize import Grid
 from propolis.secure.errors import PeerError, Refusal, UsageError
 from propolis.secure.graph import NeighbourGraph, Sharing, sharing
+from propolis.secure.secagg.addition import RingTotal
 from propolis.secure.secagg.messages import SUITE, TAG_BYTES, from_bitmap
 from propolis.secure.wire import between, decode_exactly, encode, sized, version_field
 
 _MILLION = 1_000_000
+LARGEST_ENCRYPTED_PLAN = 2**22
 
 
 class Kind(IntEnum):
@@ -32,7 +34,7 @@ class Plan:
     """The terms of one attempt at one round; (run_id, round, attempt) names it and never comes twice.
 
     Attributes:
-        encoding: see `Encoding`.
+        encoding: see `Encoding`; None where the updates are encrypted.
         malicious: complete graph and a confirm exchange.
         run_id: 16 random bytes.
         round: from 1, as the application counts.
@@ -41,9 +43,10 @@ class Plan:
         roster_number, roster_digest: the roster that the indices refer to.
         cohort: bitmap over that roster.
         corrupted_ppm, dropped_ppm: assumed shares in millionths, which decide the sparse graph.
+        encrypted: what else the devices agree on where the updates are encrypted, else empty.
     """
 
-    encoding: Encoding
+    encoding: Encoding | None
     malicious: bool
     run_id: bytes = sized(16)
     round: int = between(0, 2**31)
@@ -56,6 +59,7 @@ class Plan:
     dropped_ppm: int = between(0, _MILLION - 1)
     version: int = version_field()
     suite: int = between(SUITE, SUITE, default=SUITE)
+    encrypted: bytes = sized(0, LARGEST_ENCRYPTED_PLAN, default=b"")
 
     def to_bytes(self) -> bytes:
         """The plan as it travels and is hashed."""
@@ -74,6 +78,8 @@ class Terms:
     def __init__(self, plan: bytes) -> None:
         self.bytes = plan
         self.plan = decode_exactly(Plan, plan, pb.Plan)
+        if (self.plan.encoding is None) != bool(self.plan.encrypted):
+            raise PeerError(Refusal.MALFORMED, "a plan says how updates are encoded, or how they are encrypted")
         self.digest = labels.digest(labels.PLAN, plan)
         self.tag = self.digest[:TAG_BYTES]
 
@@ -90,9 +96,21 @@ class Terms:
             return sharing(len(self.cohort), plan.corrupted_ppm / _MILLION, plan.dropped_ppm / _MILLION, plan.malicious)
 
     @property
+    def encoding(self) -> Encoding:
+        """How updates become vectors; raises PeerError where they are encrypted instead."""
+        if self.plan.encoding is None:
+            raise PeerError(Refusal.MODEL, "the round is one of encrypted updates")
+        return self.plan.encoding
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether masks go onto ciphertexts."""
+        return bool(self.plan.encrypted)
+
+    @property
     def grid(self) -> Grid:
-        """Where the coordinates of an update lie."""
-        return self.plan.encoding.grid
+        """Where the coordinates of an update lie; raises as `encoding`."""
+        return self.encoding.grid
 
     def place(self, index: int) -> int:
         """The place of a device in the cohort's order."""
@@ -104,9 +122,10 @@ class Terms:
         Raises:
             PeerError: it is one.
         """
-        with _blaming_the_plan():
-            self.plan.encoding.require_room(len(self.cohort))
-            self.plan.encoding.require_names(trains=self.plan.kind == Kind.TRAIN)
+        if not self.is_encrypted:
+            with _blaming_the_plan():
+                self.encoding.require_room(len(self.cohort))
+                self.encoding.require_names(trains=self.plan.kind == Kind.TRAIN)
         self.sharing  # noqa: B018 (computed once, here)
 
     @property
@@ -143,3 +162,8 @@ def _blaming_the_plan() -> Iterator[None]:
 def terms_of(plan: bytes) -> Terms:
     """`Terms` of an accepted plan, remembered: the exchanges of a round ask again and again."""
     return Terms(plan)
+
+
+def of_ring(terms: Terms) -> RingTotal:
+    """An empty sum of vectors in the plan's ring, of whatever length."""
+    return RingTotal(terms.grid.ring, 0)

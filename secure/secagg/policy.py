@@ -24,6 +24,9 @@ class Policy:
         max_reveals_per_model: how often this device helps to unmask a sum over one model, for training and for
             evaluation each, across runs. None: any number, as in a simulation.
         require_malicious: take part only in rounds that are protected against a lying server.
+        require_encryption: take part only in rounds whose sums the server cannot read.
+        require_masks: take part only in rounds in which not even who has the federation's key of homomorphic
+            encryption can read this device's own update.
         min_bits: fewest bits of the ring that updates are added up in.
         min_density: smallest share of the trained values that a round may ask for.
         max_step: coarsest grid that an update may be rounded to, in units of a weighted change. These three keep
@@ -40,6 +43,8 @@ class Policy:
     max_norm: float | None = None
     max_reveals_per_model: int | None = 4
     require_malicious: bool = False
+    require_encryption: bool = False
+    require_masks: bool = False
     min_bits: int = 2
     min_density: float = 0.001
     max_step: float = 1e6

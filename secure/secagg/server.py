@@ -11,16 +11,17 @@ Memory is one vector, one lane vector and the sealed shares, whatever the number
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
-from typing import Self
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, Generic, TypeVar
 
 from propolis.protos import secagg_pb2 as pb
 from propolis.secure import labels
 from propolis.secure.codec.lanes import LANES
 from propolis.secure.errors import PeerError, Refusal, RefusedError, StorageError, TooFewPeersError, TrustError
 from propolis.secure.identity import TrustedRoster, require_contributory, verify
-from propolis.secure.prg import LANE_STREAM, VECTOR_STREAM, Mask, apply_masks
+from propolis.secure.prg import LANE_STREAM, Mask, apply_masks
 from propolis.secure.ring import Vector
+from propolis.secure.secagg.addition import Total
 from propolis.secure.secagg.confirmation import require_confirmation
 from propolis.secure.secagg.masks import (
     mask_private,
@@ -50,20 +51,22 @@ from propolis.secure.secagg.messages import (
     to_bitmap,
     to_bytes,
 )
-from propolis.secure.secagg.plan import Terms, terms_of
+from propolis.secure.secagg.plan import Terms, of_ring, terms_of
 from propolis.secure.secagg.preparation import head_context, preparation_tree, server_record
 from propolis.secure.shamir import SHARE_BYTES, combine
 from propolis.secure.wire import STATE_VERSION, parse, serialized
 
+T = TypeVar("T")
 
-class SecAggServer:
+
+class SecAggServer(Generic[T]):
     """See the module.
 
     Args:
         terms: of the round's plan.
         roster: that the plan refers to.
         keys: descriptor and prekey of each device of the cohort, by index.
-        dimension: d, the length of the updates.
+        total: what the devices' updates are added to, empty.
         fixed_lanes: lanes of every upload before those of the metrics.
         metrics: what the last lanes are called; None takes the first upload's word for it.
 
@@ -76,14 +79,14 @@ class SecAggServer:
         terms: Terms,
         roster: TrustedRoster,
         keys: Mapping[int, NeighbourKeys],
-        dimension: int,
+        total: Total[T],
         fixed_lanes: int = 0,
         metrics: tuple[str, ...] | None = None,
     ) -> None:
         self.terms = terms
         self._members = {index: Member.of(roster, index, keys[index]) for index in terms.cohort}
         self._fixed_lanes = fixed_lanes
-        self._vector = terms.grid.ring.zeros(dimension)
+        self._total = total
         self._lanes: Vector | None = None
         self._metrics = metrics
         self._offered_metrics: dict[int, tuple[str, ...]] = {}
@@ -154,7 +157,7 @@ class SecAggServer:
     @property
     def largest_upload(self) -> int:
         """Bytes that a reply to an upload request may have."""
-        return self.terms.grid.ring.packed_size(len(self._vector)) + 8 * self._fixed_lanes + LARGEST_METRICS
+        return self._total.largest_addend + 8 * self._fixed_lanes + LARGEST_METRICS
 
     def receive_upload(self, index: int, reply: UploadReply) -> None:
         """Fold a masked vector into the sum; raises PeerError when it cannot be, or comes too late."""
@@ -166,11 +169,10 @@ class SecAggServer:
         self._offered_metrics[index] = reply.metrics
         if self._metrics is not None and reply.metrics != self._metrics:
             raise PeerError(Refusal.MODEL, f"the metrics of device {index} are not the other devices'")
-        vector = self.terms.grid.ring.unpack(reply.vector, len(self._vector))
         lanes = LANES.unpack(reply.lanes, self._fixed_lanes + len(reply.metrics) + 1)
+        self._total.add(reply.vector)
         if self._lanes is None:
             self._lanes, self._metrics = LANES.zeros(len(lanes)), reply.metrics
-        self._vector += vector
         self._lanes += lanes
         member.uploaded = True
 
@@ -259,8 +261,8 @@ class SecAggServer:
             if self._is_genuine(share, dealer, index):
                 member.shares[dealer] = share
 
-    def sum(self, shared_input: bytes, threads: int = 0) -> tuple[Vector, Vector]:
-        """The sum of the vectors and of the lanes of the devices that are alive.
+    def sum(self, shared_input: bytes, threads: int = 0) -> tuple[T, Vector]:
+        """The sum of the updates and of the lanes of the devices that are alive.
 
         Args:
             shared_input: digest of the model, configuration and encoding that the devices were given.
@@ -278,9 +280,7 @@ class SecAggServer:
         apply_masks(lanes, masks, LANES, LANE_STREAM)
         if int(lanes[-1]) != len(self.alive):
             raise PeerError(Refusal.MODEL, "the sum is noise: some device saw another model, configuration or plan")
-        vector = self._vector.copy()
-        apply_masks(vector, masks, self.terms.grid.ring, VECTOR_STREAM, threads)
-        return vector, lanes[:-1]
+        return self._total.without(masks, threads), lanes[:-1]
 
     def _masks_left(self, shared_input: bytes) -> Iterable[Mask]:
         """What the sum must be rid of: own masks of the alive, and theirs with those that dropped."""
@@ -351,9 +351,8 @@ class SecAggServer:
             version=STATE_VERSION,
             plan=self.terms.bytes,
             uploading=self._uploading,
-            dimension=len(self._vector),
             fixed_lanes=self._fixed_lanes,
-            vector=self._vector.tobytes(),
+            total=self._total.to_bytes(),
             lanes=b"" if self._lanes is None else self._lanes.tobytes(),
             metrics=self.metrics,
         )
@@ -362,32 +361,42 @@ class SecAggServer:
         return serialized(state)
 
     @classmethod
-    def from_bytes(cls, data: bytes, roster: TrustedRoster) -> Self:
+    def from_bytes(
+        cls, data: bytes, roster: TrustedRoster, total_of: Callable[[Terms], Total[Any]] = of_ring
+    ) -> SecAggServer[Any]:
         """The role from its state.
+
+        Args:
+            data: what `to_bytes` gave.
+            roster: that the round's devices are in.
+            total_of: an empty sum of the round of these terms.
 
         Raises:
             StorageError: the bytes are no such state, or not of this roster.
         """
         try:
-            return cls._restored(parse(pb.ServerState, data, len(data)), roster)
+            return cls._restored(parse(pb.ServerState, data, len(data)), roster, total_of)
         except (RefusedError, ValueError) as error:
             raise StorageError(f"the state of the server's round is damaged: {error}") from None
 
     @classmethod
-    def _restored(cls, state: pb.ServerState, roster: TrustedRoster) -> Self:
+    def _restored(
+        cls, state: pb.ServerState, roster: TrustedRoster, total_of: Callable[[Terms], Total[Any]]
+    ) -> SecAggServer[Any]:
+        if state.version != STATE_VERSION:
+            raise ValueError(f"format {state.version}")
         terms = terms_of(state.plan)
-        if state.version != STATE_VERSION or len(state.vector) != state.dimension * terms.grid.ring.dtype.itemsize:
-            raise ValueError(f"format {state.version}, {len(state.vector)} bytes for {state.dimension} elements")
+        total = total_of(terms)
+        total.restore(state.total)
         members = [Member.restore(roster, each, terms.digest) for each in state.members]
         if tuple(member.descriptor.index for member in members) != terms.cohort:
             raise ValueError("its members are not the round's cohort")
         keys = {member.descriptor.index: member.keys for member in members}
-        server = cls(terms, roster, keys, state.dimension, state.fixed_lanes)
+        server = SecAggServer(terms, roster, keys, total, state.fixed_lanes)
         server._members = {member.descriptor.index: member for member in members}
         server._mask_keys = {member.head.mask_key for member in members if member.head}
         server._uploading = state.uploading
         server._preparing = not any(member.upload_request for member in members)
-        server._vector = terms.grid.ring.from_memory(state.vector, state.dimension)
         uploaded = any(member.uploaded for member in members)
         server._metrics = tuple(state.metrics) if uploaded or state.metrics else None
         if uploaded:

@@ -26,6 +26,7 @@ from propolis.secure.codec.pipeline import Pipeline
 from propolis.secure.codec.update import Update, encode_update
 from propolis.secure.errors import PropolisError
 from propolis.secure.identity import Signed, forget_signatures, trusted_roster
+from propolis.secure.secagg.addition import RingVector
 from propolis.secure.secagg.device import Device, Upload
 from propolis.secure.secagg.plan import terms_of
 from propolis.secure.secagg.states import Exchange
@@ -108,9 +109,10 @@ class DevicesHere:
         terms = device.terms
         rng = np.random.default_rng(int.from_bytes(device.rounding_seed(terms.kind, terms.plan.round), "big"))
         weighted = Update({NAME: update}, 1.0, {})
-        pipeline = Pipeline(terms.plan.encoding, len(terms.cohort), {NAME: (self._dimension,)}, {})
-        encoded = encode_update(weighted, pipeline, terms.place(device.state.index), rng)
-        return device.upload(request, Upload(shared_input, digest, *encoded))
+        pipeline = Pipeline(terms.encoding, len(terms.cohort), {NAME: (self._dimension,)}, {})
+        vector, lanes, metrics = encode_update(weighted, pipeline, terms.place(device.state.index), rng)
+        encoded = RingVector(vector, terms.grid.ring)
+        return device.upload(request, Upload(shared_input, digest, encoded, lanes, metrics))
 
 
 def content_of(dimension: int) -> RecordDict:

@@ -15,6 +15,8 @@ from propolis.secure.codec.quantize import wrap_free
 from propolis.secure.codec.update import Mean, count_lanes, decode_mean
 from propolis.secure.graph import Sharing
 from propolis.secure.identity import trusted_roster
+from propolis.secure.ring import Vector
+from propolis.secure.secagg.addition import RingTotal
 from propolis.secure.secagg.messages import (
     HelloReply,
     HelloRequest,
@@ -84,7 +86,7 @@ def secure_sum(devices: Devices, count: int, dimension: int, dropped: Collection
     for index in server.alive:
         server.receive_unmask(index, from_bytes(UnmaskReply, asking(Exchange.UNMASK, index, server.unmask_request)))
     vector, lanes = server.sum(shared_input)
-    pipeline, alive = Pipeline(server.terms.plan.encoding, count, {NAME: (dimension,)}, {}), server.alive
+    pipeline, alive = Pipeline(server.terms.encoding, count, {NAME: (dimension,)}, {}), server.alive
     mean = decode_mean(vector, lanes, server.metrics, pipeline, len(alive))
     return SecureSum(mean, alive, time.perf_counter() - began - asking.seconds, server.terms.sharing)
 
@@ -110,7 +112,7 @@ def plain_encoding(devices: int) -> Encoding:
     return Encoding(grid.width, grid.step, grid.levels, 1.0, "num-examples", (NAME,), ())
 
 
-def _introduced(asking: _Asking, count: int, dimension: int) -> SecAggServer:
+def _introduced(asking: _Asking, count: int, dimension: int) -> SecAggServer[Vector]:
     """The server's role once all the devices have said hello."""
     roster = trusted_roster(asking.devices.root_key, asking.devices.roster)
     directory, hello = Directory(roster), HelloRequest(roster.signed, os.urandom(32))
@@ -133,4 +135,5 @@ def _introduced(asking: _Asking, count: int, dimension: int) -> SecAggServer:
     keys = {index: directory.spend(index) for index in range(count)}
     shapes = {NAME: (dimension,)}
     terms = Terms(plan.to_bytes())
-    return SecAggServer(terms, roster, keys, plan.encoding.dimension(shapes), count_lanes(plan.encoding, shapes))
+    total = RingTotal(terms.grid.ring, terms.encoding.dimension(shapes))
+    return SecAggServer(terms, roster, keys, total, count_lanes(terms.encoding, shapes))

@@ -15,6 +15,7 @@ from protocol import SHARED_INPUT, UNLIMITED, Cohort, Round, asking, plain_encod
 
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
 from propolis.secure.identity import Signed, agreement_key
+from propolis.secure.secagg.addition import RingTotal
 from propolis.secure.secagg.client import Neighbour, Own, SecAggClient
 from propolis.secure.secagg.confirmation import confirm_alive
 from propolis.secure.secagg.device import Device
@@ -642,7 +643,7 @@ def test_devices_with_different_plans_do_not_mask_for_each_other(change: dict[st
     cohort = Cohort(10)
     victim, terms = cohort.round(**SPARSE), Terms(cohort.plan(**{**SPARSE, **change}).to_bytes())
     keys = {index: victim.server.keys_of(index) for index in terms.cohort}
-    others = Round(cohort, terms, SecAggServer(terms, cohort.roster, keys, 8, 2), 8, 2)
+    others = Round(cohort, terms, SecAggServer(terms, cohort.roster, keys, RingTotal(terms.grid.ring, 8), 2), 8, 2)
     victim.prepare(silent=range(1, 9))
     others.prepare(silent=[0, 9])
     foreign = [others.server._members[index].signed_head for index in range(1, 9)]

@@ -16,7 +16,8 @@ from propolis.secure import labels
 from propolis.secure.errors import PeerError, Refusal
 from propolis.secure.identity import agreement_key
 from propolis.secure.prg import VECTOR_STREAM, Mask, apply_masks
-from propolis.secure.ring import Vector
+from propolis.secure.ring import Ring, Vector
+from propolis.secure.secagg.addition import RingVector
 from propolis.secure.secagg.client import SecAggClient
 from propolis.secure.secagg.device import Device, Upload
 from propolis.secure.secagg.device_state import DeviceState
@@ -47,7 +48,8 @@ def answer_upload(device: Device, request: bytes, shared_input: bytes = SHARED_I
 
 
 def an_upload(shared_input: bytes, value: int = 0) -> Upload:
-    return Upload(shared_input, MODEL, np.full(DIMENSION, value, np.uint32), np.zeros(2, np.uint64), ())
+    update = RingVector(np.full(DIMENSION, value, np.uint32), Ring(32))
+    return Upload(shared_input, MODEL, update, np.zeros(2, np.uint64), ())
 
 
 ANSWERS: dict[str, Answer] = {
@@ -188,9 +190,9 @@ def test_the_role_masks_once() -> None:
     played, request = until("upload")
     role = SecAggClient.from_bytes(played.cohort.federation.devices[0].round, bytes(32))
     asked = from_bytes(UploadRequest, request)
-    role.upload(asked, SHARED_INPUT, np.zeros(4, np.uint32), np.zeros(1, np.uint64), ())
+    role.upload(asked, SHARED_INPUT, RingVector(np.zeros(4, np.uint32), Ring(32)), np.zeros(1, np.uint64), ())
     with pytest.raises(PeerError, match="upload is not what comes next"):
-        role.upload(asked, SHARED_INPUT, np.ones(4, np.uint32), np.zeros(1, np.uint64), ())
+        role.upload(asked, SHARED_INPUT, RingVector(np.ones(4, np.uint32), Ring(32)), np.zeros(1, np.uint64), ())
 
 
 # Rounds rise.

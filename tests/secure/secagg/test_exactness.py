@@ -188,12 +188,12 @@ def test_server_state_of_another_format_is_refused(version: int) -> None:
 
 def test_server_state_of_another_cohort_or_length_is_refused() -> None:
     played = Cohort(4).round()
-    for field, message in (("members", "not the round's cohort"), ("vector", "14 bytes for 8 elements")):
+    for field, message in (("members", "not the round's cohort"), ("total", "expected a vector of 7 elements")):
         state = pb.ServerState.FromString(played.server.to_bytes())
         if field == "members":
             del state.members[2]
         else:
-            state.vector = state.vector[:-2]
+            state.total = state.total[:-1]
         with pytest.raises(StorageError, match=message):
             SecAggServer.from_bytes(state.SerializeToString(), played.cohort.roster)
 
