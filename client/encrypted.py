@@ -18,14 +18,23 @@ from safetensors.numpy import load
 
 from propolis.client.local_update import Asked, trained_update
 from propolis.client.state import DeviceStore
-from propolis.messages import Arrays, broadcast_in, emptied_shapes, fill_arrays, model_in, without_record
+from propolis.messages import (
+    Arrays,
+    broadcast_in,
+    emptied_shapes,
+    encrypted_input_of,
+    fill_arrays,
+    model_in,
+    without_record,
+)
+from propolis.secure.codec.lanes import LANES
 from propolis.secure.errors import PeerError, Refusal, TrustError, UsageError
-from propolis.secure.he.held import HeldKey, Owner, held_key
+from propolis.secure.he.held import EncodedUpdate, HeldKey, Owner, held_key
 from propolis.secure.he.layout import Opened, Sample
 from propolis.secure.he.messages import EncryptedPlan, EncryptedSum
 from propolis.secure.identity import descriptor_digest
-from propolis.secure.secagg.device import Device, require_roster
-from propolis.secure.secagg.plan import Kind
+from propolis.secure.secagg.device import Device, Upload, require_roster
+from propolis.secure.secagg.plan import Kind, Plan, Terms
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -52,7 +61,7 @@ class OpenedModel:
 def encrypt_update(
     store: DeviceStore, request: bytes, message: Message, context: Context, call_next: ClientAppCallable
 ) -> bytes:
-    """Answer the one exchange of a round.
+    """Answer the one exchange of a round without masks.
 
     Args:
         store: the device's.
@@ -64,20 +73,12 @@ def encrypt_update(
     Raises:
         PeerError, TrustError: the request or the model is refused, or the app's answer is no update.
     """
-    plan = EncryptedPlan.from_bytes(request)
-    asked = Asked(Kind(plan.kind), plan.weight_key, frozenset(entry.name for entry in plan.entries))
-    asked.require_type(message)
-    broadcast = broadcast_in(message.content)
-    key = _key_of(store)
-    key.require_plan(plan)
-    content = without_record(message.content)
-    if broadcast:
-        made_by, opened = key.open(EncryptedSum.from_bytes(broadcast), store.policy.min_cohort)
-        content = _with_model(content, made_by, opened)
-    old = model_in(content)
-    _require_arrays(plan, old)
+    if store.policy.require_masks:
+        raise PeerError(Refusal.POLICY, "this device asks for masks on what it encrypts")
+    task = _opened_task(store, EncryptedPlan.from_bytes(request), message)
 
     def begin(device: Device) -> bytes:
+        plan = task.plan
         require_roster(device.roster(), plan.roster_number, plan.roster_digest)
         device.require_weight(plan.weight_key)
         name = (plan.round, plan.attempt)
@@ -87,13 +88,48 @@ def encrypt_update(
         return device.rounding_seed(plan.kind, plan.round)
 
     seed = store.change(begin)
-    message.content = content
-    update = trained_update(message, context, call_next, old, asked, store.policy)
-    arrays = {name: old[name].astype(np.float64) + change for name, change in update.changes.items()}
-    held = {name: array.astype(np.float64) for name, array in old.items() if name in asked.names}
-    rng = np.random.default_rng(int.from_bytes(seed, "big"))
-    sample = Sample(arrays, update.weight, update.metrics)
-    return key.encrypt(plan, sample, held, not broadcast, rng).to_bytes()
+    return _encoded_update(store, task, seed, message, context, call_next).masked(())
+
+
+def encrypt_under_masks(
+    store: DeviceStore, request: bytes, terms: Terms, message: Message, context: Context, call_next: ClientAppCallable
+) -> bytes:
+    """Answer the upload of a secure sum of encrypted updates.
+
+    Args:
+        store: the device's.
+        request: of the upload.
+        terms: of the round under way.
+        message: as in `encrypt_update`.
+        context: likewise.
+        call_next: likewise.
+
+    Raises:
+        PeerError, TrustError: as `encrypt_update`, or it is not the time to upload.
+    """
+    plan = EncryptedPlan.from_bytes(terms.plan.encrypted)
+    _require_same_attempt(plan, terms.plan)
+    content, broadcast = without_record(message.content), broadcast_in(message.content)
+    task = _opened_task(store, plan, message)
+    model, shared_input = encrypted_input_of(content, broadcast, message.metadata.group_id)
+
+    def begin(device: Device) -> tuple[bytes | None, bytes]:
+        if device.terms.bytes != terms.bytes:
+            raise PeerError(Refusal.PHASE, "another round has begun")
+        device.require_weight(plan.weight_key)
+        device.require_reveals_left(model)
+        return device.begin_upload(request, shared_input), device.rounding_seed(plan.kind, plan.round)
+
+    stored, seed = store.change(begin)
+    if stored is not None:
+        return stored
+    try:
+        update = _encoded_update(store, task, seed, message, context, call_next)
+    except Exception:  # whatever it is, that there is one says something of the data
+        store.change(lambda device: device.count_reveal(model))
+        raise
+    upload = Upload(shared_input, model, update, LANES.zeros(0), ())
+    return store.change(lambda device: device.upload(request, upload))
 
 
 def open_sum(store: DeviceStore, data: bytes) -> tuple[EncryptedPlan, Opened]:
@@ -141,6 +177,71 @@ def open_model_file(store: DeviceStore, path: Path) -> OpenedModel:
         return open_model(store, path.read_bytes())
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Opened:
+    """What a device is asked to do, once it has opened the model.
+
+    Attributes:
+        plan: of the attempt.
+        key: that it encrypts under.
+        content: for the app, with the model.
+        model: the arrays.
+        is_first: whether the model is the public one that a run begins with.
+    """
+
+    plan: EncryptedPlan
+    key: HeldKey
+    content: RecordDict
+    model: Arrays
+    is_first: bool
+
+    @property
+    def asked(self) -> Asked:
+        """What is to come back."""
+        return Asked(Kind(self.plan.kind), self.plan.weight_key, frozenset(entry.name for entry in self.plan.entries))
+
+
+def _opened_task(store: DeviceStore, plan: EncryptedPlan, message: Message) -> _Opened:
+    """Open the model in a message, which is that of a round of this plan; raises PeerError or TrustError."""
+    broadcast = broadcast_in(message.content)
+    key = _key_of(store)
+    key.require_plan(plan)
+    content = without_record(message.content)
+    if broadcast:
+        made_by, opened = key.open(EncryptedSum.from_bytes(broadcast), store.policy.min_cohort)
+        content = _with_model(content, made_by, opened)
+    task = _Opened(plan, key, content, model_in(content), not broadcast)
+    task.asked.require_type(message)
+    _require_arrays(plan, task.model)
+    return task
+
+
+def _encoded_update(
+    store: DeviceStore,
+    task: _Opened,
+    seed: bytes,
+    message: Message,
+    context: Context,
+    call_next: ClientAppCallable,
+) -> EncodedUpdate:
+    """Let the app train, or evaluate, and make integers of what it answers; raises PeerError."""
+    asked, old = task.asked, task.model
+    message.content = task.content
+    update = trained_update(message, context, call_next, old, asked, store.policy)
+    arrays = {name: old[name].astype(np.float64) + change for name, change in update.changes.items()}
+    held = {name: array.astype(np.float64) for name, array in old.items() if name in asked.names}
+    rng = np.random.default_rng(int.from_bytes(seed, "big"))
+    sample = Sample(arrays, update.weight, update.metrics)
+    return task.key.encoded(task.plan, sample, held, task.is_first, rng)
+
+
+def _require_same_attempt(plan: EncryptedPlan, around: Plan) -> None:
+    """Refuse a plan that names another attempt than the secure sum that it is part of."""
+    names = ("run_id", "round", "attempt", "kind", "roster_number", "roster_digest")
+    if any(getattr(plan, name) != getattr(around, name) for name in names):
+        raise PeerError(Refusal.MODEL, "the plan of what is encrypted is of another attempt than the secure sum")
 
 
 def _key_of(store: DeviceStore) -> HeldKey:

@@ -41,6 +41,8 @@ _POLICY_KEYS: dict[str, str] = {
     "propolis-min-density": "min_density",
     "propolis-max-step": "max_step",
     "propolis-require-malicious": "require_malicious",
+    "propolis-require-encryption": "require_encryption",
+    "propolis-require-masks": "require_masks",
     "propolis-allow-unprotected": "allow_unprotected",
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
-from propolis.client.encrypted import encrypt_update
+from propolis.client.encrypted import encrypt_under_masks, encrypt_update
 from propolis.client.local_update import Asked, trained_update
 from propolis.client.seal import Seal
 from propolis.client.state import FOLDER_KEY, DeviceStore, FileStore, policy_of
@@ -138,6 +138,9 @@ def _upload(
     store: DeviceStore, request: bytes, message: Message, context: Context, call_next: ClientAppCallable
 ) -> bytes:
     """Train in the app, and mask what it gives; the store is free while the app trains."""
+    terms = store.change(lambda device: device.terms)
+    if terms.is_encrypted:
+        return encrypt_under_masks(store, request, terms, message, context, call_next)
     content, version = _with_rebuilt_model(store, message.content)
     old = model_in(content)
     model = model_digest(old)

@@ -24,6 +24,7 @@ from propolis.server.checkpoint import RoundRecord, RunState, save_checkpoint
 from propolis.server.exchange import MeteredGrid
 from propolis.server.grid import SecureGrid
 from propolis.server.he_grid import Encryption, HeGrid
+from propolis.server.masked_round import Masking
 from propolis.server.model import GlobalModel
 from propolis.server.planner import Protection
 from propolis.server.protected_grid import ProtectedGrid
@@ -100,6 +101,11 @@ def protection_of(settings: Settings, max_weight: float, seed: int | None = None
         attempts=1,
         seed=seed,
     )
+
+
+def masking_of(settings: Settings) -> Masking:
+    """How the settings ask for encrypted updates to be masked."""
+    return Masking(settings.malicious, settings.assume_corrupted, settings.assume_dropped)
 
 
 def profile_of(settings: Settings) -> Profile:
@@ -217,6 +223,7 @@ class FederatedRun:
             range=settings.update_range,
             min_clients=max(settings.min_clients, FEWEST_IN_A_SUM),  # or devices would not open the sum
             attempts=1,
+            masking=masking_of(settings) if settings.is_masked else None,
         )
         return HeGrid(
             grid,
@@ -225,6 +232,7 @@ class FederatedRun:
             encryption,
             exact=model.buffers,
             frozen=model.frozen,
+            journal=members.journal,
             cancelled=self._cancelled,
         )
 

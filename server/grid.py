@@ -19,7 +19,7 @@ from propolis.messages import RECORD
 from propolis.secure.codec.pipeline import Pipeline
 from propolis.secure.codec.scale import Scale
 from propolis.secure.codec.update import Mean, count_lanes, decode_mean
-from propolis.secure.errors import PeerError, TooFewPeersError, UsageError
+from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.secure.identity import TrustedRoster
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.addition import RingTotal
@@ -33,7 +33,8 @@ from propolis.server.journal import Journal
 from propolis.server.model import like
 from propolis.server.planner import Planner, Protection
 from propolis.server.protected_grid import HANDSHAKE_S, ProtectedGrid
-from propolis.server.secure_round import SecureRound, say_hello
+from propolis.server.published_sums import PublishedSums
+from propolis.server.secure_round import Deadlines, SecureRound, say_hello, telling_a_sum
 
 # Strategies that look at single updates, with their subclasses; under a secure sum there are none to look at.
 _NEED_SINGLE_UPDATES = frozenset(
@@ -43,9 +44,6 @@ _NEED_SINGLE_UPDATES = frozenset(
         *("DifferentialPrivacyClientSideAdaptiveClipping", "DifferentialPrivacyServerSideAdaptiveClipping"),
     }
 )
-
-# Models of which it is known whose sums were published.
-_MODELS_REMEMBERED = 256
 
 _log = logging.getLogger("flwr")
 
@@ -94,7 +92,7 @@ class SecureGrid(ProtectedGrid):
         self._planner = Planner(roster, protection, self._weight_key, exact, frozen)
         self._journal = Journal(journal) if journal else None
         self._metric_names: dict[Kind, tuple[str, ...]] = {}  # what most devices sent last
-        self._published: dict[tuple[Kind, bytes], list[frozenset[int]]] = {}
+        self._published = PublishedSums(protection.min_difference)
 
     def resume_from(self, metrics: Mapping[str, float], state: Mapping[str, NDArray[Any]]) -> None:
         """Go on after a round with these metrics, after which `state` was this."""
@@ -137,37 +135,31 @@ class SecureGrid(ProtectedGrid):
         nodes = self._directory.members(batch.node_ids)
         server = self._role(batch, nodes)
         round_ = SecureRound(channel, self._directory, server, nodes, self._protection.min_clients)
-        round_.prepare(handshake)
+        source = self._broadcaster or WholeModel(Content(batch.content))
         try:
-            round_.upload(self._broadcaster or WholeModel(Content(batch.content)), batch.timeout)
+            round_.collect(
+                source,
+                Deadlines(handshake, batch.timeout),
+                lambda: self._published.require_apart(batch.kind, batch.model_digest, server.alive),
+            )
         finally:
             if server.offered_metrics:
                 self._metric_names[batch.kind] = Counter(server.offered_metrics).most_common(1)[0][0]
-        self._require_apart(batch, server.alive)
-        if self._protection.malicious:
-            round_.confirm(handshake)
-        round_.unmask(handshake)
         if self._journal:
             self._journal.keep(batch, server)
         return server
 
     def _published_mean(self, batch: Batch, server: SecAggServer[Vector], channel: Channel) -> Message:
         mean = self._mean(server, batch, channel)
-        self._remember_published(batch, frozenset(server.alive))
+        self._published.remember(batch.kind, batch.model_digest, server.alive)
         return self._reply(batch, mean, server, channel)
 
     def _mean(self, server: SecAggServer[Vector], batch: Batch, channel: Channel) -> Mean:
         """What the devices' sum says; a device that is known to have made it impossible takes part no more."""
         pipeline = _pipeline(server.terms, batch)
-        try:
+        with telling_a_sum(self._directory, channel):
             vector, lanes = server.sum(batch.shared_input)
             return decode_mean(vector, lanes, server.metrics, pipeline, len(server.alive))
-        except PeerError as error:
-            if error.culprit is not None:
-                self._directory.ban(error.culprit)
-            raise TooFewPeersError(f"the sum cannot be told: {error}") from None
-        except TooFewPeersError as error:
-            raise TooFewPeersError(f"{error}{channel.said}") from None
 
     def _role(self, batch: Batch, nodes: dict[int, int]) -> SecAggServer[Vector]:
         """The protocol's role for the devices that are there."""
@@ -188,20 +180,6 @@ class SecureGrid(ProtectedGrid):
             count_lanes(terms.encoding, batch.shapes),
             metrics=self._metric_names.get(batch.kind),
         )
-
-    def _require_apart(self, batch: Batch, alive: Iterable[int]) -> None:
-        """Against differencing: two sums over one model are over the same devices, or differ by enough of them."""
-        for before in self._published.get((batch.kind, batch.model_digest), []):
-            if 0 < len(before.symmetric_difference(alive)) < self._protection.min_difference:
-                raise TooFewPeersError(
-                    f"the devices of this round and of one before over the same model differ by fewer than "
-                    f"{self._protection.min_difference}: their sums would tell too much"
-                )
-
-    def _remember_published(self, batch: Batch, alive: frozenset[int]) -> None:
-        self._published.setdefault((batch.kind, batch.model_digest), []).append(alive)
-        while len(self._published) > _MODELS_REMEMBERED:
-            del self._published[next(iter(self._published))]
 
     def _reply(self, batch: Batch, mean: Mean, server: SecAggServer[Vector], channel: Channel) -> Message:
         metrics: dict[str, int | float | list[int] | list[float]] = {**mean.metrics, self._weight_key: mean.weight}

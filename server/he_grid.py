@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,15 @@ from propolis.secure.he.held import scheme_of
 from propolis.secure.he.keys import PublicKey
 from propolis.secure.he.layout import SMALLEST_VALUE_BITS
 from propolis.secure.he.messages import EncryptedPlan, EncryptedSum, Entry
+from propolis.secure.he.total import EncryptedTotal
 from propolis.secure.identity import TrustedRoster
+from propolis.secure.secagg.messages import to_bitmap
 from propolis.secure.secagg.plan import Kind
 from propolis.server.batch import Batch, Outcome
 from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
-from propolis.server.he_round import EncryptedRound
+from propolis.server.he_round import Asking, Collected, collect
+from propolis.server.masked_round import MaskedRounds, Masking
 from propolis.server.protected_grid import HANDSHAKE_S, Attempts, ProtectedGrid
 from propolis.server.secure_round import say_hello
 
@@ -46,6 +50,8 @@ class Encryption:
         range: smallest magnitude of a weight that the first round has room for; later ones follow the model.
         min_clients: fewest devices that a sum is over; devices have a floor of their own.
         attempts: times that a batch is tried.
+        masking: how updates are masked, so that not even a device, which has the key, can open another one's; None
+            leaves them without masks.
     """
 
     key: PublicKey
@@ -53,6 +59,7 @@ class Encryption:
     range: float = 1.0
     min_clients: int = 3
     attempts: int = 3
+    masking: Masking | None = None
 
     def __post_init__(self) -> None:
         if not (0 < self.max_weight < inf and 1e-12 <= self.range <= 1e12):
@@ -77,6 +84,7 @@ class HeGrid(ProtectedGrid):
         encryption: see `Encryption`.
         exact: names of arrays that need more than a coarse grid, such as running statistics; integers always do.
         frozen: names of arrays that devices do not send back.
+        journal: as in `propolis.server.grid.SecureGrid`, for rounds under masks.
         cancelled: set by somebody else to end a wait.
 
     Attributes:
@@ -96,6 +104,7 @@ class HeGrid(ProtectedGrid):
         *,
         exact: Iterable[str] = (),
         frozen: Iterable[str] = (),
+        journal: Path | None = None,
         cancelled: threading.Event | None = None,
     ) -> None:
         super().__init__(grid, cancelled)
@@ -105,6 +114,9 @@ class HeGrid(ProtectedGrid):
         self._roster, self._encryption, self._attempts = roster, encryption, encryption.attempts
         self._exact, self._frozen = frozenset(exact), frozenset(frozen)
         self._directory = Directory(roster, bound=self.binds_identities)
+        self._masked: MaskedRounds | None = None
+        if encryption.masking is not None:
+            self._masked = MaskedRounds(self._directory, encryption.masking, encryption.min_clients, journal)
         self._names = Attempts()
         self._metrics: dict[Kind, tuple[str, ...]] = {}  # what most devices sent last
         self.model: EncryptedSum | None = None
@@ -145,6 +157,19 @@ class HeGrid(ProtectedGrid):
 
     def _round(self, batch: Batch) -> Message:
         channel = Channel(self.inner, batch.message_type, batch.messages[0].metadata.group_id, self._cancelled)
+        recalled = self._masked.recall(batch, self._roster, self._encryption.key) if self._masked else None
+        collected = recalled or self._collected(batch, channel)
+        alive = to_bitmap(collected.alive, len(self._roster.roster.entries))
+        summed = collected.summed
+        total = EncryptedSum(collected.plan.encoded, alive, summed.metrics, summed.ciphertexts)
+        if batch.kind is Kind.TRAIN:
+            self._before, self.model = [self.model], total
+        else:
+            self.evaluation = total
+        return self._reply(batch, len(collected.alive), channel)
+
+    def _collected(self, batch: Batch, channel: Channel) -> Collected:
+        """A round with the devices that are there."""
         handshake = min(batch.timeout, HANDSHAKE_S)
         say_hello(channel, self._directory, self._roster.signed, batch.node_ids, handshake)
         nodes = self._directory.members(batch.node_ids)
@@ -152,18 +177,17 @@ class HeGrid(ProtectedGrid):
         if len(nodes) > (most := self._encryption.key.parameters.clients):
             raise UsageError(f"{len(nodes)} devices in a round: the key has room for {most}; make one for more")
         plan = self._plan(batch)
-        round_ = EncryptedRound(channel, plan, self._encryption.key, self._metrics.get(batch.kind))
-        round_.upload(nodes, self._content(batch), batch.timeout)
-        if round_.offered:
-            self._metrics[batch.kind] = Counter(round_.offered).most_common(1)[0][0]
-        more = self._step_back(batch.kind, channel, len(nodes))
-        self._require(len(round_.alive), f"of {len(nodes)} devices sent an encrypted update{more}", channel)
-        total = round_.total(len(self._roster.roster.entries))
-        if batch.kind is Kind.TRAIN:
-            self._before, self.model = [self.model], total
-        else:
-            self.evaluation = total
-        return self._reply(batch, len(round_.alive), channel)
+        total = EncryptedTotal(plan, self._encryption.key, self._metrics.get(batch.kind))
+        asked = Asking(channel, plan, total, nodes, self._content(batch), batch.timeout)
+        try:
+            collected = self._masked.collect(asked, batch, self._roster) if self._masked else collect(asked)
+            self._require(len(collected.alive), f"of {len(nodes)} devices sent an encrypted update", channel)
+        except TooFewPeersError as error:
+            raise TooFewPeersError(f"{error}{self._step_back(batch.kind, channel, len(nodes))}") from None
+        finally:
+            if total.offered:
+                self._metrics[batch.kind] = Counter(total.offered).most_common(1)[0][0]
+        return collected
 
     def _step_back(self, kind: Kind, channel: Channel, asked: int) -> str:
         """Go back to the model before where so many devices refuse this one that no round can go on from it.

@@ -23,6 +23,7 @@ from propolis.server.app import (
     Members,
     Observer,
     initial_model,
+    masking_of,
     protection_of,
     run_digest,
 )
@@ -182,8 +183,11 @@ def require_feasible(settings: Settings, task: Task, devices: int, max_weight: f
     """
     if settings.is_encrypted:
         scheme_of(choose(devices, settings.value_bits, seeded=settings.he_mode == "seeded"))
-        return
     sampled = max(int(devices * settings.fraction), settings.min_clients)
+    if settings.is_masked and settings.is_encrypted:
+        masking_of(settings).require_feasible(sampled)
+    if settings.is_encrypted:
+        return
     parameters = sum(array.size for array in initial_model(settings, task).arrays.values())
     protection_of(settings, max_weight).require_feasible(sampled, parameters)
 

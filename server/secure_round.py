@@ -12,11 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from propolis.secure.errors import Refusal, RefusedError, TooFewPeersError
+from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError
 from propolis.secure.identity import Signed
 from propolis.secure.secagg.messages import (
     ConfirmReply,
@@ -52,6 +54,19 @@ class ModelSource(Protocol):
         """A device has nothing that could be built on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds that an exchange may take.
+
+    Attributes:
+        handshake: one without training.
+        training: the upload.
+    """
+
+    handshake: float
+    training: float
+
+
 def say_hello(channel: Channel, directory: Directory, roster: Signed, node_ids: Iterable[int], timeout: float) -> None:
     """Learn who the nodes are that nobody knows yet; `directory` then knows those that answered well."""
     challenge = os.urandom(32)
@@ -78,6 +93,24 @@ class SecureRound:
         self._channel, self._directory, self._server, self._nodes = channel, directory, server, nodes
         self._index = {node_id: index for index, node_id in nodes.items()}
         self._min_clients = min_clients
+
+    def collect(self, source: ModelSource, deadlines: Deadlines, require_publishable: Callable[[], None]) -> None:
+        """All the exchanges, up to the shares that the sum needs.
+
+        Args:
+            source: what devices are told to train on.
+            deadlines: of the exchanges.
+            require_publishable: raises once it is known over which devices the sum is, where it must not be told.
+
+        Raises:
+            TooFewPeersError: too few devices are left.
+        """
+        self.prepare(deadlines.handshake)
+        self.upload(source, deadlines.training)
+        require_publishable()
+        if self._server.terms.plan.malicious:
+            self.confirm(deadlines.handshake)
+        self.unmask(deadlines.handshake)
 
     def prepare(self, timeout: float) -> None:
         """Gather mask keys and sealed shares; whoever has forgotten its peers is told of them and asked once more."""
@@ -187,6 +220,23 @@ class SecureRound:
             raise TooFewPeersError(
                 f"{count} of {len(self._nodes)} devices {did}, {self._min_clients} are needed{self._channel.said}"
             )
+
+
+@contextmanager
+def telling_a_sum(directory: Directory, channel: Channel) -> Iterator[None]:
+    """While a sum is made of what devices sent: who is known to have made it impossible takes part no more.
+
+    Raises:
+        TooFewPeersError: it cannot be made.
+    """
+    try:
+        yield
+    except PeerError as error:
+        if error.culprit is not None:
+            directory.ban(error.culprit)
+        raise TooFewPeersError(f"the sum cannot be told: {error}") from None
+    except TooFewPeersError as error:
+        raise TooFewPeersError(f"{error}{channel.said}") from None
 
 
 def _take_hello(directory: Directory, node_id: int, challenge: bytes, body: bytes) -> None:

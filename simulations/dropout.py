@@ -21,7 +21,7 @@ def steps_of(settings: Settings) -> list[str]:
     kinds = ["train", "evaluate"] if settings.evaluate_fraction else ["train"]
     if not settings.is_protected:
         return kinds
-    if settings.is_encrypted:
+    if not settings.is_masked:
         return [f"{kind} {each.label}" for kind in kinds for each in (Exchange.HELLO, Exchange.ENCRYPT)]
     secagg = [each for each in Exchange if each is not Exchange.ENCRYPT]
     exchanges = [each for each in secagg if settings.malicious or each is not Exchange.CONFIRM]

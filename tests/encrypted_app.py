@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -17,11 +18,13 @@ from propolis.client.state import DeviceStore, MemoryStore
 from propolis.flower import with_content
 from propolis.messages import RECORD, protocol_record
 from propolis.secure.he.layout import Opened
-from propolis.secure.he.messages import EncryptedSum
+from propolis.secure.he.messages import EncryptedSum, EncryptedUpload
 from propolis.secure.he.parameters import choose
+from propolis.secure.secagg.messages import UploadReply, from_bytes, to_bytes
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
 from propolis.server.he_grid import Encryption, HeGrid
+from propolis.server.masked_round import Masking
 from propolis.simulations.federation import SIMULATED, EncryptionKeys, Federation, make_encryption_keys, make_federation
 from propolis.simulations.local import LocalGrid
 
@@ -36,6 +39,10 @@ def another_key(federation: Federation, clients: int | None = None, bits: int = 
     """One that the same root stands behind."""
     parameters = choose(clients or len(federation.devices), bits)
     return make_encryption_keys(federation.root, federation.devices, parameters)
+
+
+# Whether updates are masked too; a fixture of the tests chooses.
+under_masks = ContextVar("under_masks", default=False)
 
 
 class EncryptedHive(Rounds):
@@ -62,7 +69,9 @@ class EncryptedHive(Rounds):
             for state, bundle in zip(self.federation.devices, self.keys.bundles, strict=True)
         ]
         self.wire = Wire(LocalGrid(partial(app_of, work, self._store), devices))
-        self.encryption = Encryption(**{"key": self.keys.public, "max_weight": float(devices), **encryption})
+        masking = Masking() if under_masks.get() else None
+        given = {"key": self.keys.public, "max_weight": float(devices), "masking": masking, **encryption}
+        self.encryption = Encryption(**given)
         self._more = {"exact": exact, "frozen": frozen}
         self.grid = self.new_grid(strategy or FedAvg())
 
@@ -80,15 +89,41 @@ class EncryptedHive(Rounds):
         assert self.grid.evaluation is not None
         return open_sum(self.stores[device], self.grid.evaluation.to_bytes())[1]
 
+    @property
+    def exchange(self) -> str:
+        """In which devices train, and send what is encrypted."""
+        return "encrypt" if self.encryption.masking is None else "upload"
+
+    def uploads(self) -> list[EncryptedUpload]:
+        """What devices sent."""
+        sent = [message.content[RECORD][self.exchange] for message in self.wire.said(self.exchange)]
+        return [EncryptedUpload.from_bytes(self._inside(body), 2**24) for body in sent]
+
+    def have_send(self, node_id: int, change: Callable[[EncryptedUpload], bytes]) -> None:
+        """Have a device send something else than its upload from here on."""
+
+        def meddle(exchange: str, node: int, body: bytes) -> bytes:
+            if (exchange, node) != (self.exchange, node_id):
+                return body
+            changed = change(EncryptedUpload.from_bytes(self._inside(body), 2**24))
+            if self.encryption.masking is None:
+                return changed
+            return to_bytes(replace(from_bytes(UploadReply, body), vector=changed))
+
+        self.wire.meddle = meddle
+
+    def _inside(self, body: bytes) -> bytes:
+        return body if self.encryption.masking is None else from_bytes(UploadReply, body).vector
+
     def lie(self, **changes: Any) -> None:
         """Have devices get another sum than the true one from here on."""
         assert self.grid.model is not None
         broadcast = replace(self.grid.model, **changes).to_bytes()
 
         def deliver(exchange: str, message: Message) -> Message:
-            if exchange != "encrypt":
+            if exchange != self.exchange:
                 return message
-            told = protocol_record(Exchange.ENCRYPT, body_of(message), broadcast)
+            told = protocol_record(Exchange[exchange.upper()], body_of(message), broadcast)
             return with_content(message, RecordDict({**message.content, RECORD: told}))
 
         self.wire.deliver = deliver

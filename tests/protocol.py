@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from encrypting import decryptor, encryptor, key_of, scheme, tags
 
 from propolis.secure.codec.quantize import wrap_free
 from propolis.secure.errors import RefusedError
+from propolis.secure.he.held import EncodedUpdate, layout_of
+from propolis.secure.he.keys import PublicKey, Secret
+from propolis.secure.he.layout import Layout
+from propolis.secure.he.messages import EncryptedPlan, Entry, pieces
+from propolis.secure.he.stream import Declared, open_vector
+from propolis.secure.he.tag import Tags, tag_bytes
+from propolis.secure.he.total import EncryptedTotal, Summed
 from propolis.secure.identity import TrustedRoster, trusted_roster
 from propolis.secure.prg import Mask
 from propolis.secure.ring import Vector
-from propolis.secure.secagg.addition import RingTotal, RingVector
+from propolis.secure.secagg.addition import Addend, RingTotal, RingVector, Total
 from propolis.secure.secagg.device import Device, Upload
 from propolis.secure.secagg.masks import pairwise_masks
 from propolis.secure.secagg.messages import (
@@ -75,6 +84,16 @@ def plain_encoding(
     return Encoding(width, grid.step, grid.levels, max_weight, weight_key, quantized, exact)
 
 
+# What a sum is over is the same protocol: vectors in a ring, or ciphertexts; a fixture of the attacks chooses.
+over_ciphertexts = ContextVar("over_ciphertexts", default=False)
+MOST_DEVICES = 128
+
+
+def encryption() -> tuple[PublicKey, Secret]:
+    """The key of homomorphic encryption that all of them have."""
+    return key_of(scheme(MOST_DEVICES))
+
+
 class Cohort:
     """A federation whose devices live in memory, between rounds."""
 
@@ -99,6 +118,7 @@ class Cohort:
 
     def plan(self, number: int = 1, attempt: int = 0, **changes: Any) -> Plan:
         cohort = changes.pop("cohort", range(len(self.federation.devices)))
+        dimension = changes.pop("dimension", 8)
         sent = () if changes.get("kind") == Kind.EVALUATE else ("a",)
         encoding = plain_encoding(sent, width=changes.pop("width", 16), devices=len(list(cohort)))
         values: dict[str, Any] = {
@@ -114,14 +134,35 @@ class Cohort:
             "corrupted_ppm": 100_000,
             "dropped_ppm": 250_000,
         }
-        return Plan(**{**values, **changes})
+        plan = Plan(**{**values, **changes})
+        return encrypted_plan(plan, dimension) if over_ciphertexts.get() else plan
 
     def round(self, plan: Plan | None = None, dimension: int = 8, lanes: int = 2, **changes: Any) -> Round:
         """A round of all the devices, who say hello first."""
-        terms = Terms((plan or self.plan(**changes)).to_bytes())
+        terms = Terms((plan or self.plan(dimension=dimension, **changes)).to_bytes())
         keys = {index: self.hello(index) for index in terms.cohort}
-        total = RingTotal(terms.grid.ring, dimension)
-        return Round(self, terms, SecAggServer(terms, self.roster, keys, total, lanes), dimension, lanes)
+        server = SecAggServer(terms, self.roster, keys, empty_total(terms, dimension), lanes)
+        return Round(self, terms, server, dimension, lanes)
+
+
+def empty_total(terms: Terms, dimension: int = 0) -> Total[Any]:
+    """What the updates of a round are added to."""
+    if terms.is_encrypted:
+        return EncryptedTotal(EncryptedPlan.from_bytes(terms.plan.encrypted), encryption()[0], ())
+    return RingTotal(terms.grid.ring, dimension)
+
+
+def server_from(state: bytes, roster: TrustedRoster) -> SecAggServer[Any]:
+    """A server's role from its state."""
+    return SecAggServer.from_bytes(state, roster, empty_total)
+
+
+def encrypted_plan(plan: Plan, dimension: int) -> Plan:
+    """The same round over ciphertexts."""
+    entries = (Entry("a", "float32", (dimension,)),) if plan.kind == Kind.TRAIN else ()
+    names = (plan.run_id, plan.round, plan.attempt, plan.kind, plan.roster_number, plan.roster_digest)
+    inner = EncryptedPlan(*names, encryption()[0].key_id, "num-examples", 1.0, 1.0, entries)
+    return replace(plan, encoding=None, encrypted=inner.encoded)
 
 
 @dataclass
@@ -130,7 +171,7 @@ class Round:
 
     cohort: Cohort
     terms: Terms
-    server: SecAggServer[Vector]
+    server: SecAggServer[Any]
     dimension: int
     lanes: int
     meddle: Meddle = untouched
@@ -160,13 +201,42 @@ class Round:
         device, shared_input = self.cohort.device(index), self.shared_inputs.get(index, SHARED_INPUT)
         if (stored := device.begin_upload(request, shared_input)) is not None:
             return stored
+        lanes = np.arange(index, index + self.lanes, dtype=np.uint64)
+        update = self._encrypted(index) if self.terms.is_encrypted else self._in_ring(index)
+        return device.upload(request, Upload(shared_input, MODEL, update, lanes, ()))
+
+    def _in_ring(self, index: int) -> Addend:
         ring = self.terms.grid.ring
         if index not in self.inputs:
             drawn = self.rng.integers(0, 2 ** min(ring.width, 62), self.dimension, dtype=np.uint64)
             self.inputs[index] = drawn.astype(ring.dtype)
-        lanes = np.arange(index, index + self.lanes, dtype=np.uint64)
-        update = RingVector(self.inputs[index].copy(), ring)
-        return device.upload(request, Upload(shared_input, MODEL, update, lanes, ()))
+        return RingVector(self.inputs[index].copy(), ring)
+
+    def _encrypted(self, index: int) -> Addend:
+        if index not in self.inputs:
+            self.inputs[index] = self.rng.integers(-(2**15), 2**15, self._layout.count)
+        tag, values = self._encrypted_plan.tag, self.inputs[index]
+        return EncodedUpdate(tag, (), values, encryptor(scheme(MOST_DEVICES)), self._tags, index)
+
+    @property
+    def _encrypted_plan(self) -> EncryptedPlan:
+        return EncryptedPlan.from_bytes(self.terms.plan.encrypted)
+
+    @property
+    def _layout(self) -> Layout:
+        return layout_of(self._encrypted_plan, (), encryption()[0].parameters)
+
+    @property
+    def _tags(self) -> Tags:
+        made = scheme(MOST_DEVICES)
+        return tags(made, made.parameters.ciphertexts(self._layout.count), self._encrypted_plan.round_id(()))
+
+    def opened(self, summed: Summed) -> Any:
+        """What a sum of ciphertexts says to who has the key; raises PeerError where it is not that of the alive."""
+        made = scheme(MOST_DEVICES)
+        size = made.ciphertext_bytes + tag_bytes(made.parameters)
+        declared = Declared(self.server.alive, 1, self._layout.count)
+        return open_vector(pieces(summed.ciphertexts, size), decryptor(made), self._tags, declared)
 
     def confirm(self, silent: Collection[int] = ()) -> None:
         for index in self.server.alive:
@@ -189,10 +259,13 @@ class Round:
         return [other for other in self.terms.neighbours(index) if other in self.server.prepared]
 
     def sum(self) -> tuple[Vector, Vector]:
-        return self.server.sum(SHARED_INPUT, threads=1)
+        total, lanes = self.server.sum(SHARED_INPUT, threads=1)
+        return self.opened(total) if self.terms.is_encrypted else total, lanes
 
     def expected(self) -> Vector:
         """The plain sum of the inputs of the devices that are alive."""
+        if self.terms.is_encrypted:
+            return np.sum([self.inputs[index] for index in self.server.alive], axis=0)
         ring = self.terms.grid.ring
         return ring.reduce(plain_sum([self.inputs[index] for index in self.server.alive], ring.zeros(self.dimension)))
 

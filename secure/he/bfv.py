@@ -7,18 +7,21 @@ SEAL checks every residue when it loads them. TenSEAL holds Python's lock in all
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from propolis.secure.errors import PeerError, Refusal, UsageError
 from propolis.secure.he import seal_format
 from propolis.secure.he.field import Elements
 from propolis.secure.he.memory_file import memory_file, saved_bytes
 from propolis.secure.he.parameters import Parameters
-from propolis.secure.he.seal_format import SEED_BYTES, Residues, Shape
+from propolis.secure.he.rounding import blur
+from propolis.secure.he.seal_format import SEED_BYTES, Residues, Shape, pack_residues
 
 KEY_ID_BYTES = 32
 _VERSION = 1
@@ -145,8 +148,10 @@ class Scheme:
     def _whole(self, ciphertext: Any, key_id: bytes) -> tuple[bytes, Residues]:
         """The bytes of a ciphertext, and its residues."""
         residues = seal_format.ciphertext_residues(saved_bytes(ciphertext), self._data_shape)
-        packed = seal_format.pack_residues(residues, self._data_shape)
-        return bytes((_VERSION, _WHOLE)) + key_id + packed, residues
+        return self._from_residues(residues, key_id), residues
+
+    def _from_residues(self, residues: Residues, key_id: bytes) -> bytes:
+        return bytes((_VERSION, _WHOLE)) + key_id + seal_format.pack_residues(residues, self._data_shape)
 
     def _seeded(self, serializable: Any, key_id: bytes) -> tuple[bytes, Residues]:
         """The bytes of a ciphertext that SEAL has a seed of, and its residues, which SEAL gives when it is loaded."""
@@ -189,7 +194,25 @@ class Encryptor:
         Raises:
             UsageError: they are not.
         """
+        return self._encrypted(self._scheme._encoded(slots))
+
+    def encrypt_blurred(self, slots: Elements) -> tuple[bytes, Residues]:
+        """The same, so that a sum tells who decrypts it nothing but the sum, see `propolis.secure.he.rounding`."""
         scheme, plaintext = self._scheme, self._scheme._encoded(slots)
+        data, residues = self._encrypted(plaintext)
+        coefficients = seal_format.plaintext_coefficients(saved_bytes(plaintext), scheme.parameters.degree)
+        primes = np.array(scheme.parameters.primes, np.int64)[:, None]
+        blurred = residues.copy()
+        blurred[0] = (residues[0].astype(np.int64) + blur(coefficients, scheme.parameters, os.urandom)) % primes
+        return self.with_first(data, blurred[0]), blurred
+
+    def with_first(self, data: bytes, polynomial: NDArray[np.uint64]) -> bytes:
+        """A ciphertext's bytes with another first polynomial, (primes, N)."""
+        shape = self._scheme._data_shape
+        return data[:HEADER_BYTES] + pack_residues(polynomial, shape) + data[HEADER_BYTES + shape.packed_bytes :]
+
+    def _encrypted(self, plaintext: Any) -> tuple[bytes, Residues]:
+        scheme = self._scheme
         if scheme.parameters.seeded:
             return scheme._seeded(self._encrypt(plaintext), self._key_id)
         ciphertext = scheme._seal.Ciphertext(scheme._context)
@@ -249,6 +272,14 @@ class Adder:
     def write(self, ciphertext: Any) -> bytes:
         """The bytes of a sum."""
         return self._scheme._whole(ciphertext, self._key_id)[0]
+
+    def residues(self, ciphertext: Any) -> Residues:
+        """(2, primes, N) what a sum consists of."""
+        return self._scheme._whole(ciphertext, self._key_id)[1]
+
+    def whole(self, residues: Residues) -> bytes:
+        """The bytes of a sum that consists of these residues."""
+        return self._scheme._from_residues(residues, self._key_id)
 
     def add(self, one: Any, other: Any) -> Any:
         """The sum of two ciphertexts, which stay as they are; raises PeerError when it would hide nothing."""

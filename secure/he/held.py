@@ -21,6 +21,7 @@ from propolis.secure.he.stream import Declared, encrypt_vector, open_vector
 from propolis.secure.he.tag import Tags, refused, tag_bytes
 from propolis.secure.identity import Signed, TrustedRoster
 from propolis.secure.manifest import Trust
+from propolis.secure.prg import Mask
 from propolis.secure.wire import decode, encode, sized, version_field
 
 _LARGEST_SEALED = LARGEST_SEALED + 2**10
@@ -84,6 +85,23 @@ class Owner:
     hpke_private: bytes
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class EncodedUpdate:
+    """A device's integers, and what encrypts them; a `propolis.secure.secagg.addition.Addend`."""
+
+    round_tag: bytes
+    metrics: tuple[str, ...]
+    values: NDArray[np.int64]
+    encryptor: Encryptor
+    tags: Tags
+    device: int
+
+    def masked(self, masks: Sequence[Mask]) -> bytes:
+        """The bytes of an `EncryptedUpload`; without masks, who has the key can open it."""
+        ciphertexts = encrypt_vector(self.values, self.encryptor, self.tags, self.device, masks)
+        return EncryptedUpload(self.round_tag, self.metrics, b"".join(ciphertexts)).to_bytes()
+
+
 class HeldKey:
     """A device's key, whose origin `held_key` has checked.
 
@@ -104,10 +122,10 @@ class HeldKey:
         if plan.key_id != self.public.key_id:
             raise TrustError(Refusal.HE_KEY, "the round is under another key than this device's")
 
-    def encrypt(
+    def encoded(
         self, plan: EncryptedPlan, sample: Sample, model: Arrays, first: bool, rng: np.random.Generator
-    ) -> EncryptedUpload:
-        """A device's upload; a plan must never be answered twice.
+    ) -> EncodedUpdate:
+        """What a device has to say, ready to be encrypted; a plan must never be answered twice.
 
         Args:
             plan: of the attempt.
@@ -122,8 +140,7 @@ class HeldKey:
         names = tuple(sorted(sample.metrics))
         layout = layout_of(plan, names, self.public.parameters)
         values = layout.encode(sample, model, first, rng)
-        ciphertexts = encrypt_vector(values, self._encryptor, self._tags(plan, names, layout), self._device)
-        return EncryptedUpload(plan.tag, names, b"".join(ciphertexts))
+        return EncodedUpdate(plan.tag, names, values, self._encryptor, self._tags(plan, names, layout), self._device)
 
     def open(self, total: EncryptedSum, floor: int) -> tuple[EncryptedPlan, Opened]:
         """The sum of a round: the plan that it was made under, and what it says.

@@ -25,6 +25,8 @@ _LARGEST_PRIME_BITS = 60
 
 # Of SEAL's errors, which are centred binomial on 2 * 21 bits, and of its ternary secrets and masks.
 _ERROR_VARIANCE, _TERNARY_VARIANCE = 21 / 2, 2 / 3
+# Of what hides the rounding of messages under masks, see `propolis.secure.he.rounding`.
+BLUR_DEVIATION = 2.0
 # A coefficient is farther out than this many standard deviations with probability 2 exp(-50) < 2^-71.
 _DEVIATIONS = 10
 # Divides the noise of public-key encryption, which from here on is that of rounding.
@@ -116,13 +118,13 @@ def noise_bound(parameters: Parameters) -> float:
 
     Fresh noise is e under the secret key, and (e u + e0 + e1 s) / p + rounding (1 + s) under the public one, with the
     special prime p. Rounding q m / t adds at most 1/2 for each client, which is counted twice, so that one bit of
-    SEAL's noise budget is left where all messages are alike.
+    SEAL's noise budget is left where all messages are alike. Under masks it is rounded to a Gaussian around q m / t.
     """
     of_degree = _TERNARY_VARIANCE * parameters.degree
     variance = _ERROR_VARIANCE
     if not parameters.seeded:
         variance = _ERROR_VARIANCE * (1 + 2 * of_degree) / parameters.special_prime**2 + (1 + of_degree) / 12
-    return _DEVIATIONS * sqrt(parameters.clients * variance) + parameters.clients
+    return _DEVIATIONS * sqrt(parameters.clients * (variance + BLUR_DEVIATION**2)) + parameters.clients
 
 
 def is_prime(number: int) -> bool:

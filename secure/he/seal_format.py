@@ -103,6 +103,14 @@ def seeded_from_wire(data: bytes, shape: Shape) -> bytes:
     return _put_together(_CIPHERTEXT.pack(*_ciphertext_header(shape)), words, generator)
 
 
+def plaintext_coefficients(saved: bytes, degree: int) -> NDArray[np.uint64]:
+    """(N,) of a message's polynomial, from what SEAL saved; raises as `ciphertext_residues`."""
+    header, words, rest = _taken_apart(saved, _PLAINTEXT)
+    if header[0] != bytes(32) or len(words) != degree or rest:
+        raise _unknown_format()
+    return words
+
+
 def plaintext_to_wire(saved: bytes, shape: Shape) -> bytes:
     """A packed secret key; raises as `ciphertext_residues`."""
     header, words, rest = _taken_apart(saved, _PLAINTEXT)

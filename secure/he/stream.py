@@ -1,6 +1,7 @@
 """A vector of integers as ciphertexts, chunk by chunk: encrypted by a device, added up, and opened by every device.
 
-    encrypt:  values -> pack -> (+ masks) -> encrypt -> tag
+    encrypt:  values -> pack -> encrypt -> tag (-> + masks)
+    sum:      add up (-> - masks)
     open:     verify the tag -> decrypt -> unpack
 
 What travels for a chunk is its ciphertext and then its tag.
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from propolis.secure.errors import PeerError, Refusal, UsageError
 from propolis.secure.he.bfv import Adder, Decryptor, Encryptor
-from propolis.secure.he.field import UniformElements, add, subtract
+from propolis.secure.he.masks import CiphertextMasks
 from propolis.secure.he.packing import pack, unpack
 from propolis.secure.he.parameters import Parameters
 from propolis.secure.he.tag import (
@@ -50,8 +51,7 @@ def encrypt_vector(
         encryptor: of the round's key.
         tags: of the round, for as many chunks as the values fill.
         device: this one's index.
-        masks: to add to the slots before encryption, uniform modulo t, so that a device that opens another's
-            ciphertext still sees nothing; the masks of a sum's devices must cancel.
+        masks: to add to ciphertexts and tags, so that not even who has the key can open them.
 
     Raises:
         UsageError: a value is out of range, or the number of chunks is another one.
@@ -59,14 +59,15 @@ def encrypt_vector(
     parameters = encryptor.parameters
     if parameters.ciphertexts(len(values)) != tags.chunks:
         raise UsageError(f"{len(values)} values fill {parameters.ciphertexts(len(values))} chunks, not {tags.chunks}")
-    modulus = parameters.plain_modulus
-    streams = [(UniformElements(mask.seed, modulus), add if mask.sign > 0 else subtract) for mask in masks]
+    streams = CiphertextMasks(masks, parameters)
     for chunk, own in enumerate(tags.of_device(device)):
         slots = pack(values[chunk * parameters.values : (chunk + 1) * parameters.values], parameters)
-        for stream, combine in streams:
-            slots = combine(slots, stream.take(parameters.degree), modulus)
-        data, residues = encryptor.encrypt(slots)
-        yield data + tag_to_wire(add_tags(tags.of_residues(chunk, residues), own, parameters))
+        data, residues = encryptor.encrypt_blurred(slots) if masks else encryptor.encrypt(slots)
+        tag = add_tags(tags.of_residues(chunk, residues), own, parameters)
+        if masks:
+            first, tag = streams.onto(residues[0], tag)
+            data = encryptor.with_first(data, first)
+        yield data + tag_to_wire(tag)
 
 
 class Totals:
@@ -110,6 +111,14 @@ class Totals:
         if not self.uploads:
             raise UsageError("nothing has been added up")
         return (self._adder.write(ciphertext) + tag_to_wire(tag) for ciphertext, tag in self._sums)
+
+    def without(self, masks: Sequence[Mask]) -> Iterator[bytes]:
+        """The sums once masks have been added to them, which take away those of the devices; as `ciphertexts`."""
+        streams = CiphertextMasks(masks, self._adder.parameters)
+        for ciphertext, tag in self._sums:
+            residues = self._adder.residues(ciphertext)
+            first, opened = streams.onto(residues[0], tag)
+            yield self._adder.whole(np.stack([first, residues[1]])) + tag_to_wire(opened)
 
     def _added(self, total: tuple[Any, Tag], one: tuple[Any, Tag]) -> tuple[Any, Tag]:
         return self._adder.add(total[0], one[0]), add_tags(total[1], one[1], self._adder.parameters)

@@ -24,14 +24,14 @@ class Policy:
         max_reveals_per_model: how often this device helps to unmask a sum over one model, for training and for
             evaluation each, across runs. None: any number, as in a simulation.
         require_malicious: take part only in rounds that are protected against a lying server.
-        require_encryption: take part only in rounds whose sums the server cannot read.
-        require_masks: take part only in rounds in which not even who has the federation's key of homomorphic
-            encryption can read this device's own update.
         min_bits: fewest bits of the ring that updates are added up in.
         min_density: smallest share of the trained values that a round may ask for.
         max_step: coarsest grid that an update may be rounded to, in units of a weighted change. These three keep
             the training useful; what is learnt of a device is the sum in any case.
         allow_unprotected: answer the server also outside of secure rounds, which shows it this device's own update.
+        require_encryption: take part only in rounds whose sums the server cannot read.
+        require_masks: take part only in rounds in which not even who has the federation's key of homomorphic
+            encryption could read this device's own update.
     """
 
     min_cohort: int = 3
@@ -43,12 +43,12 @@ class Policy:
     max_norm: float | None = None
     max_reveals_per_model: int | None = 4
     require_malicious: bool = False
-    require_encryption: bool = False
-    require_masks: bool = False
     min_bits: int = 2
     min_density: float = 0.001
     max_step: float = 1e6
     allow_unprotected: bool = False
+    require_encryption: bool = False
+    require_masks: bool = False
 
     def __post_init__(self) -> None:
         if self.min_cohort < 2 or self.min_threshold < 1:

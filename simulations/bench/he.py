@@ -13,6 +13,7 @@ import numpy as np
 
 from propolis.secure.he.parameters import choose
 from propolis.secure.he.stream import Declared, encrypt_vector, open_vector
+from propolis.simulations.bench.he_masks import masking, masks_of
 from propolis.simulations.bench.he_memory import streamed
 from propolis.simulations.bench.he_sides import Bfv, Ckks, Key, Reals, Side
 from propolis.simulations.bench.link import Part
@@ -64,7 +65,12 @@ def parts(effort: Effort) -> Mapping[str, tuple[str, Part]]:
     """What is measured, as `propolis.simulations.bench.link.run_benchmark` takes it."""
     return {
         "costs": (f"{effort.parameters:,} parameters at a time, per million", partial(costs, effort)),
-        "noise": ("bits of noise budget left, all values extreme", partial(noise, effort)),
+        "masks": (
+            f"16 bits, n <= 1,000, under the masks of secure aggregation, {effort.parameters:,} parameters at a time, "
+            "per million",
+            partial(masking, effort.parameters, max(3, effort.turns // 4)),
+        ),
+        "noise": ("bits of noise budget left, all values extreme, under masks", partial(noise, effort)),
         "memory": (
             f"{effort.model:,} parameters from each of {effort.devices} devices through one server process",
             partial(memory, effort),
@@ -165,8 +171,8 @@ def _noise_of(clients: int, value_bits: int, seeded: bool) -> list[Figure]:
     values = np.where(np.arange(parameters.values) % 3 == 0, -half, half - 1)
     totals, encryptor, decryptor = key.totals(), key.encryptor(), key.decryptor()
     for device in range(clients):
-        totals.add(encrypt_vector(values, encryptor, key.tags, device))
-    (total,) = totals.ciphertexts()
+        totals.add(encrypt_vector(values, encryptor, key.tags, device, masks_of(device, 1)))
+    (total,) = totals.without([mask for device in range(clients) for mask in masks_of(device, 1, -1)])
     opened = open_vector([total], decryptor, key.tags, Declared(range(clients), clients, len(values)))
     name = f"n = {clients:,}, {'seeded' if seeded else 'public-key'}"
     budget = decryptor.noise_budget(total[: key.scheme.ciphertext_bytes])

@@ -189,7 +189,7 @@ def _say_registered(result: dict[str, Any]) -> None:
 
 def _files_of(result: dict[str, Any]) -> str:
     """What a simulation leaves."""
-    if result["protection"] == "he":
+    if result["protection"].startswith("he"):
         return "result.json, model.encrypted, the devices that can open it and config.toml"
     return "result.json, model.safetensors, curves.png and config.toml"
 
@@ -343,7 +343,7 @@ def bench_he(
     as_json: JsonFlag = False,
     out: Annotated[Path | None, typer.Option("--out", help="File for the figures as JSON.")] = None,
     chosen: Annotated[
-        list[str] | None, typer.Option("--part", help="Only this: costs, noise or memory; may be repeated.")
+        list[str] | None, typer.Option("--part", help="Only this: costs, masks, noise or memory; may be repeated.")
     ] = None,
 ) -> None:
     """Homomorphic encryption beside CKKS, its noise, and the server's memory (some minutes)."""

@@ -189,6 +189,24 @@ def shared_input_of(content: RecordDict, model: bytes, group_id: str) -> bytes:
     return labels.digest(labels.INPUT, *parts)
 
 
+def encrypted_input_of(content: RecordDict, broadcast: bytes, group_id: str) -> tuple[bytes, bytes]:
+    """Digest of a model that comes encrypted, and of everything that the application put into a message with it.
+
+    Args:
+        content: the message's, without the protocol's record.
+        broadcast: the encrypted model; empty where the arrays are in the content as they are.
+        group_id: the message's.
+
+    Raises:
+        PeerError: there is not one ArrayRecord.
+    """
+    emptied = emptied_shapes(content)
+    (record,) = content.array_records.values()
+    rest = {name: record[name].numpy() for name in record if name not in emptied}
+    model = labels.digest(labels.MODEL, broadcast, model_digest(rest))
+    return model, shared_input_of(content, model, group_id)
+
+
 def shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
     """The shapes of arrays by name."""
     return {name: array.shape for name, array in arrays.items()}

@@ -19,7 +19,7 @@ from propolis.secure.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
 
-PROTECTIONS = ("none", "secagg", "he")
+PROTECTIONS = ("none", "secagg", "he", "he+secagg")
 CODECS = ("float32", "dense", "thin")
 # What changes a codec; without a value, the codec's own holds.
 _CODEC_PARAMETERS = ("bits", "density", "keep", "update_clip", "wraps", "broadcast_step")
@@ -28,7 +28,8 @@ _CODEC_PARAMETERS = ("bits", "density", "keep", "update_clip", "wraps", "broadca
 _ENCRYPTED_BITS, _FEWEST_ENCRYPTED_BITS = 16, 8
 # What needs the mean, or the model, on the server.
 _BLIND_STRATEGIES = ("fedavg", "fedprox")
-_OF_SECAGG_ALONE = ("malicious", "assume_corrupted", "assume_dropped", "codec", *_CODEC_PARAMETERS[1:])
+_OF_MASKS = ("malicious", "assume_corrupted", "assume_dropped")
+_OF_CODECS = ("codec", *_CODEC_PARAMETERS[1:])
 
 _LARGEST = 2**31 - 1
 FEWEST_IN_A_SUM = 3
@@ -89,7 +90,7 @@ class Settings(BaseModel):
     ray_cpus: float = Field(1.0, gt=0, description="CPUs that the ray backend reserves for each device that trains.")
     protection: str = Field(
         "none",
-        description="How updates are protected: none, secagg (secure aggregation) or he (homomorphic encryption).",
+        description="How updates are protected: none, secagg (secure sums), he (homomorphic encryption) or he+secagg.",
     )
     he_mode: Literal["public", "seeded"] = Field(
         "public", description="Key that devices encrypt with under he: the public one, or their own for half the bytes."
@@ -161,7 +162,12 @@ class Settings(BaseModel):
     @property
     def is_encrypted(self) -> bool:
         """Whether the server sees no sums either."""
-        return self.protection == "he"
+        return self.protection in ("he", "he+secagg")
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether nobody sees a single device's update, whatever keys they have."""
+        return self.protection in ("secagg", "he+secagg")
 
     @property
     def value_bits(self) -> int:
@@ -174,8 +180,12 @@ class Settings(BaseModel):
             if self.he_mode != "public":
                 raise ValueError(f"he_mode {self.he_mode} is for homomorphic encryption: set protection to he")
             return self
-        if odd := [name for name in _OF_SECAGG_ALONE if getattr(self, name) != type(self).model_fields[name].default]:
-            raise ValueError(f"{odd[0]} is for secure aggregation, and means nothing under he: leave it out")
+        names = _OF_CODECS if self.is_masked else (*_OF_MASKS, *_OF_CODECS)
+        if odd := [name for name in names if getattr(self, name) != type(self).model_fields[name].default]:
+            kind = "he+secagg or secagg" if odd[0] in _OF_MASKS else "secagg"
+            raise ValueError(
+                f"{odd[0]} means nothing under {self.protection}: set protection to {kind}, or leave it out"
+            )
         if self.strategy not in _BLIND_STRATEGIES:
             raise ValueError(
                 f"{self.strategy} computes on the mean, which the server does not see under he: "
@@ -194,8 +204,8 @@ class Settings(BaseModel):
         sampled = max(int(self.clients * self.fraction), self.min_clients)
         if self.is_protected and sampled < FEWEST_IN_A_SUM:
             raise ValueError(f"{sampled} of {self.clients} clients train in a round; a secure sum takes 3 or more")
-        if self.malicious and not self.is_protected:
-            raise ValueError("malicious is a kind of secagg: set protection to secagg")
+        if self.malicious and not self.is_masked:
+            raise ValueError("malicious is a kind of secagg: set protection to secagg or he+secagg")
         return self
 
     @model_validator(mode="after")

@@ -79,6 +79,7 @@ OTHER_PLANS: dict[str, dict[str, Any]] = {
 other_plan = pytest.mark.parametrize("change", OTHER_PLANS.values(), ids=OTHER_PLANS)
 
 
+@pytest.mark.of_vectors
 @other_plan
 def test_another_plan_has_another_digest(change: dict[str, Any]) -> None:
     cohort = Cohort(4)
@@ -225,6 +226,7 @@ def prepared(cohort: Cohort, **changes: Any) -> Round:
     return attempt
 
 
+@pytest.mark.of_vectors
 @other_plan
 def test_a_head_of_another_plan_is_refused_by_device_and_server(change: dict[str, Any]) -> None:
     cohort = Cohort(4)

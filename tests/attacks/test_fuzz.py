@@ -16,7 +16,7 @@ from attacks.fuzzing import CASES, Mutator, fields_of, fuzz, varint
 from attacks.insiders import Founded, found
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import Message
-from protocol import SHARED_INPUT, Cohort, Round
+from protocol import SHARED_INPUT, Cohort, Round, server_from
 
 from propolis.protos import identity_pb2, secagg_pb2
 from propolis.secure import labels
@@ -75,7 +75,7 @@ class Recording:
         self.server[step] = self.attempt.server.to_bytes()
 
     def restored_server(self, step: str) -> SecAggServer:
-        return SecAggServer.from_bytes(self.server[step], self.cohort.roster)
+        return server_from(self.server[step], self.cohort.roster)
 
 
 @cache
@@ -200,7 +200,7 @@ def test_a_plan_can_be_carried_out_or_is_refused() -> None:
 STATES: dict[type, Callable[[bytes], object]] = {
     DeviceState: DeviceState.from_bytes,
     SecAggClient: lambda data: SecAggClient.from_bytes(data, bytes(32)),
-    SecAggServer: lambda data: SecAggServer.from_bytes(data, recorded().cohort.roster),
+    SecAggServer: lambda data: server_from(data, recorded().cohort.roster),
 }
 
 

@@ -151,6 +151,7 @@ def test_a_ring_without_room_for_one_level_from_each_device_is_no_grid(width: in
     assert wrap_free(width, devices - 1, 1.0).levels == 1
 
 
+@pytest.mark.of_vectors
 def test_a_device_refuses_a_plan_whose_ring_could_overflow() -> None:
     attempt = Cohort(8).round(width=16)
     plan = attempt.cohort.plan()

@@ -67,10 +67,9 @@ def assert_noise(played: Round, shared_input: bytes) -> None:
         played.server.sum(shared_input)
     assert caught.value.refusal is Refusal.MODEL
     masks = list(played.server._masks_left(shared_input))
-    vector, lanes = played.server._vector.copy(), played.server._lanes
+    vector, lanes = played.server._total.without(masks, 1), played.server._lanes
     assert lanes is not None
     lanes = lanes.copy()
-    apply_masks(vector, masks, played.terms.grid.ring, VECTOR_STREAM)
     apply_masks(lanes, masks, LANES, LANE_STREAM)
     assert looks_uniform(vector.tobytes())
     assert looks_uniform(lanes.tobytes())

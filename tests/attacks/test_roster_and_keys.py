@@ -19,7 +19,7 @@ from attacks.insiders import (
     signing_key,
     upload_with,
 )
-from protocol import SHARED_INPUT, Cohort, Round, asking
+from protocol import SHARED_INPUT, Cohort, Round, asking, empty_total
 
 from propolis.protos import identity_pb2
 from propolis.secure import labels
@@ -49,7 +49,6 @@ from propolis.secure.secagg.messages import (
     from_bytes,
     to_bytes,
 )
-from propolis.secure.secagg.plan import of_ring
 from propolis.secure.secagg.preparation import preparation_tree, records_of, server_record
 from propolis.secure.secagg.server import SecAggServer
 from propolis.secure.wire import decode
@@ -603,4 +602,4 @@ def test_nobody_is_asked_to_seal_to_forged_keys(
     attempt = Cohort(4).round()
     keys = {index: attempt.cohort.hello(index) for index in range(4)}
     with refuses(refusal):
-        SecAggServer(attempt.terms, attempt.cohort.roster, {**keys, 1: forge(keys[1])}, of_ring(attempt.terms))
+        SecAggServer(attempt.terms, attempt.cohort.roster, {**keys, 1: forge(keys[1])}, empty_total(attempt.terms))

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 from attacks.insiders import read_head, signed_head
-from protocol import SHARED_INPUT, UNLIMITED, Cohort, Round, asking, plain_encoding, shares_in
+from protocol import SHARED_INPUT, UNLIMITED, Cohort, Round, asking, empty_total, plain_encoding, shares_in
 
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TooFewPeersError, TrustError
 from propolis.secure.identity import Signed, agreement_key
-from propolis.secure.secagg.addition import RingTotal
 from propolis.secure.secagg.client import Neighbour, Own, SecAggClient
 from propolis.secure.secagg.confirmation import confirm_alive
 from propolis.secure.secagg.device import Device
@@ -617,6 +616,7 @@ def test_a_cohort_beyond_the_roster_is_refused() -> None:
     assert error.refusal is Refusal.IDENTITY
 
 
+@pytest.mark.of_vectors
 @pytest.mark.parametrize("width", [2, 4])
 def test_a_plan_whose_ring_is_too_small_for_its_devices_is_refused(width: int) -> None:
     asked = Asked()
@@ -636,14 +636,20 @@ def test_a_device_that_was_not_given_the_roster_takes_part_in_nothing() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"corrupted_ppm": 60_000}, {"dropped_ppm": 60_000}, {"attempt": 1}, {"cohort": range(9)}, {"width": 17}],
+    [
+        {"corrupted_ppm": 60_000},
+        {"dropped_ppm": 60_000},
+        {"attempt": 1},
+        {"cohort": range(9)},
+        {"width": 17, "dimension": 9},
+    ],
 )
 def test_devices_with_different_plans_do_not_mask_for_each_other(change: dict[str, Any]) -> None:
     """A server that has one device compute another threshold, graph or cohort ends up with two rounds."""
     cohort = Cohort(10)
     victim, terms = cohort.round(**SPARSE), Terms(cohort.plan(**{**SPARSE, **change}).to_bytes())
     keys = {index: victim.server.keys_of(index) for index in terms.cohort}
-    others = Round(cohort, terms, SecAggServer(terms, cohort.roster, keys, RingTotal(terms.grid.ring, 8), 2), 8, 2)
+    others = Round(cohort, terms, SecAggServer(terms, cohort.roster, keys, empty_total(terms, 8), 2), 8, 2)
     victim.prepare(silent=range(1, 9))
     others.prepare(silent=[0, 9])
     foreign = [others.server._members[index].signed_head for index in range(1, 9)]

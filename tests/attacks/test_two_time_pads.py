@@ -204,7 +204,7 @@ def test_the_role_masks_once() -> None:
 def test_a_round_or_attempt_that_does_not_rise_is_refused(number: int, attempt: int) -> None:
     cohort = Cohort(4)
     cohort.round(cohort.plan(5, 3)).through()
-    old = cohort.round(cohort.plan(number, attempt, width=17))  # another plan, so another request
+    old = cohort.round(cohort.plan(number, attempt, dropped_ppm=240_000))  # another plan, so another request
     before = cohort.federation.devices[0].to_bytes()
     with pytest.raises(PeerError, match="is not a new one") as caught:
         cohort.device(0).prepare(to_bytes(old.server.prepare_request(0)))
@@ -299,6 +299,7 @@ def test_rolled_back_to_before_the_upload_another_request_gets_another_mask(
         assert_hidden(first, second)
 
 
+@pytest.mark.of_vectors
 @pytest.mark.parametrize("case", ["another neighbour set", "another model"])
 def test_colluding_neighbours_do_not_lift_the_masks_of_a_device_that_was_rolled_back(case: str) -> None:
     """They take their pairwise masks away from both uploads; what is left differs in the device's own mask."""
@@ -318,6 +319,7 @@ def test_colluding_neighbours_do_not_lift_the_masks_of_a_device_that_was_rolled_
     assert_hidden(first, second)
 
 
+@pytest.mark.of_vectors
 @pytest.mark.parametrize("case", ["another neighbour set", "another model"])
 def test_the_seed_does_not_lift_the_masks_of_a_device_that_was_rolled_back(case: str) -> None:
     """The server learns the seed in the end; the mask with a neighbour, or with the other model, stays."""

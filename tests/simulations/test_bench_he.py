@@ -14,6 +14,7 @@ from propolis.cli import app
 from propolis.secure.errors import PropolisError, UsageError
 from propolis.simulations.bench import he_memory
 from propolis.simulations.bench.he import OURS, Effort, costs, in_turns, memory, noise, parts
+from propolis.simulations.bench.he_masks import masking
 from propolis.simulations.bench.he_sides import Bfv, Ckks, Reals
 from propolis.simulations.bench.link_parts import Figure
 
@@ -65,6 +66,14 @@ def test_there_are_no_more_turns_than_devices_that_a_sum_has_room_for() -> None:
     assert len(only.add) == 31
 
 
+def test_masks_come_off_and_cost_something() -> None:
+    figures = by_name(masking(20_000, 2))
+    for mode in ("public-key", "seeded"):
+        assert figures[f"{mode}: what is opened then is off by"].is_met
+        assert figures[f"{mode}: encrypt under 10 masks"].value > 0
+        assert figures[f"{mode}: server takes 10 masks from the sum"].value > 0
+
+
 def test_noise_is_looked_at_for_all_clients() -> None:
     figures = by_name(noise(SMALL))
     assert len(figures) == 8
@@ -88,10 +97,10 @@ def test_a_server_process_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch
 
 
 def test_parts_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(parts(SMALL)) == ["costs", "noise", "memory"]
+    assert list(parts(SMALL)) == ["costs", "masks", "noise", "memory"]
     result = CliRunner().invoke(app, ["bench", "he", "--part", "nope", "--out", str(tmp_path / "out.json")])
     assert isinstance(result.exception, UsageError)
-    assert "expected costs, noise, memory" in str(result.exception)
+    assert "expected costs, masks, noise, memory" in str(result.exception)
     monkeypatch.setattr("propolis.simulations.bench.he.Effort", lambda: SMALL)
     result = CliRunner().invoke(app, ["bench", "he", "--part", "noise", "--json", "--out", str(tmp_path / "out.json")])
     assert result.exit_code == 0

@@ -63,10 +63,11 @@ def arrays_equal(one: Path, other: Path) -> bool:
 
 @pytest.mark.soak
 @BOTH
-def test_an_encrypted_model_is_as_accurate_as_an_unprotected_one(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("protection", ["he", "he+secagg"])
+def test_an_encrypted_model_is_as_accurate_as_an_unprotected_one(tmp_path: Path, mode: str, protection: str) -> None:
     """Within 0.3 points: digits as `propolis simulate` trains it by default."""
     plain = simulate(Settings(), RunOptions(tmp_path / "none"))
-    ours = simulate(Settings(protection="he", he_mode=mode), RunOptions(tmp_path / "he"))
+    ours = simulate(Settings(protection=protection, he_mode=mode), RunOptions(tmp_path / "he"))
     assert ours["accuracy"] == pytest.approx(plain["accuracy"], abs=0.003)
     assert ours["loss"] == pytest.approx(plain["loss"], abs=0.003)
 
@@ -116,7 +117,15 @@ class StopAfter(FederatedRun):
         return super()._round(*arguments)
 
 
-@pytest.mark.parametrize("changes", [{"dropout": 0.2}, {"he_mode": "seeded", "strategy": "fedprox"}], ids=str)
+RESUMED: list[dict[str, Any]] = [
+    {"dropout": 0.2},
+    {"he_mode": "seeded", "strategy": "fedprox"},
+    {"protection": "he+secagg", "malicious": True},
+    {"protection": "he+secagg", "dropout": 0.05, "assume_dropped": 0.3},
+]
+
+
+@pytest.mark.parametrize("changes", RESUMED, ids=str)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -258,15 +267,26 @@ def test_device_processes_behind_the_link_train_encrypted(tmp_path: Path) -> Non
     assert arrays_equal(tmp_path / "link", tmp_path / "local")
 
 
+def test_masks_change_nothing_of_what_is_learned(tmp_path: Path) -> None:
+    """Nothing but the noise of the ciphertexts differs, which decryption takes away."""
+    for protection in ("he", "he+secagg"):
+        simulate(job(protection=protection, evaluate_fraction=1.0), RunOptions(tmp_path / protection))
+    assert arrays_equal(tmp_path / "he", tmp_path / "he+secagg")
+    assert result_of(tmp_path / "he")["opened"] == result_of(tmp_path / "he+secagg")["opened"]
+
+
 # Mistakes are one line
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"malicious": True}, "malicious is for secure aggregation, and means nothing under he"),
-    ({"codec": "thin"}, "codec is for secure aggregation, and means nothing under he"),
-    ({"density": 0.5}, "density is for secure aggregation"),
-    ({"broadcast_step": 1.0}, "broadcast_step is for secure aggregation"),
-    ({"assume_corrupted": 0.2}, "assume_corrupted is for secure aggregation"),
-    ({"assume_dropped": 0.2}, "assume_dropped is for secure aggregation"),
+    ({"malicious": True}, "malicious means nothing under he: set protection to he+secagg or secagg, or leave it out"),
+    ({"codec": "thin"}, "codec means nothing under he: set protection to secagg, or leave it out"),
+    ({"density": 0.5}, "density means nothing under he"),
+    ({"broadcast_step": 1.0}, "broadcast_step means nothing under he"),
+    ({"assume_corrupted": 0.2}, "assume_corrupted means nothing under he"),
+    ({"assume_dropped": 0.2}, "assume_dropped means nothing under he"),
+    ({"protection": "he+secagg", "codec": "thin"}, "codec means nothing under he+secagg: set protection to secagg"),
+    ({"protection": "he+secagg", "strategy": "fedadam"}, "fedadam computes on the mean"),
+    ({"protection": "none", "malicious": True}, "set protection to secagg or he+secagg"),
     ({"prune": 0.5}, "prune: the server does not see the weights"),
     ({"bits": 7}, "bits: under he a weight has 8 to 32, got 7"),
     ({"clients": 2}, "a secure sum takes 3 or more"),

@@ -126,12 +126,11 @@ def test_ciphertexts_of_other_parameters_are_refused() -> None:
 def test_residues_that_are_not_below_their_prime_are_refused(seeded: bool) -> None:
     made = scheme(1000, 16, seeded)
     data = bytearray(encryptor(made).encrypt(random_slots(made))[0])
-    # The four low bytes of the first residue, and in the public mode its 33rd bit, which comes after those of all.
+    # The four low bytes of the first residue, and its 33rd bit, which comes after those of all.
     data[HEADER_BYTES : HEADER_BYTES + 4] = bytes(4)
     decryptor(made).decrypt(bytes(data))
     data[HEADER_BYTES : HEADER_BYTES + 4] = b"\xff" * 4
-    if not seeded:
-        data[HEADER_BYTES + 4 * made.parameters.degree] |= 1
+    data[HEADER_BYTES + 4 * made.parameters.degree] |= 1
     assert "SEAL does not take" in refused(made, bytes(data))
 
 

@@ -10,7 +10,7 @@ import pytest
 from attacks.uniformity import looks_uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protocol import SHARED_INPUT, Cohort, Round, plain_sum
+from protocol import SHARED_INPUT, Cohort, Round, plain_sum, server_from
 
 from propolis.protos import secagg_pb2 as pb
 from propolis.secure.codec.lanes import LANES
@@ -18,7 +18,6 @@ from propolis.secure.errors import StorageError, TooFewPeersError
 from propolis.secure.ring import Vector
 from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.messages import UploadReply, from_bytes
-from propolis.secure.secagg.server import SecAggServer
 from propolis.simulations.federation import Federation
 
 SPARSE = {"corrupted_ppm": 50_000, "dropped_ppm": 100_000}
@@ -65,7 +64,7 @@ def reload_between_exchanges(played: Round) -> None:
     def meddle(step: str, index: int, data: bytes) -> bytes:
         if step.endswith("reply"):
             cohort = played.cohort
-            played.server = SecAggServer.from_bytes(played.server.to_bytes(), cohort.roster)
+            played.server = server_from(played.server.to_bytes(), cohort.roster)
             states = list(cohort.federation.devices)
             states[index] = DeviceState.from_bytes(states[index].to_bytes())
             cohort.federation = Federation(cohort.federation.root, cohort.federation.roster, tuple(states))
@@ -168,7 +167,7 @@ def test_state_that_went_through_bytes_stays_the_same(malicious: bool) -> None:
         played.confirm()
     played.unmask()
     state = played.server.to_bytes()
-    restored = SecAggServer.from_bytes(state, played.cohort.roster)
+    restored = server_from(state, played.cohort.roster)
     assert restored.to_bytes() == state
     assert restored.alive == played.server.alive
     assert restored.metrics == played.server.metrics
@@ -183,7 +182,7 @@ def test_server_state_of_another_format_is_refused(version: int) -> None:
     state = pb.ServerState.FromString(played.server.to_bytes())
     state.version = version
     with pytest.raises(StorageError, match=f"is damaged: format {version}"):
-        SecAggServer.from_bytes(state.SerializeToString(), played.cohort.roster)
+        server_from(state.SerializeToString(), played.cohort.roster)
 
 
 def test_server_state_of_another_cohort_or_length_is_refused() -> None:
@@ -195,7 +194,7 @@ def test_server_state_of_another_cohort_or_length_is_refused() -> None:
         else:
             state.total = state.total[:-1]
         with pytest.raises(StorageError, match=message):
-            SecAggServer.from_bytes(state.SerializeToString(), played.cohort.roster)
+            server_from(state.SerializeToString(), played.cohort.roster)
 
 
 # What a masked upload looks like.

@@ -1,0 +1,381 @@
+"""A server that has the key of homomorphic encryption from a device: under masks it learns the sum and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from attacks.uniformity import looks_uniform
+from encrypted_app import EncryptedHive, require_opened, sum_of, under_masks
+from encrypting import adder, decryptor, scheme, tags
+from flwr.app import Message, RecordDict
+from numpy.typing import NDArray
+from protocol import MOST_DEVICES, SHARED_INPUT, Cohort, Round, over_ciphertexts, pairwise_mask
+from secure_app import MODEL, Hive, answer, body_of, exchange_of
+
+from propolis.client.encrypted import _key_of
+from propolis.flower import with_content
+from propolis.messages import RECORD, broadcast_in, protocol_record, refusal_of
+from propolis.secure import labels
+from propolis.secure.errors import PeerError, Refusal, TooFewPeersError
+from propolis.secure.he.held import scheme_of
+from propolis.secure.he.masks import CiphertextMasks
+from propolis.secure.he.messages import EncryptedPlan, EncryptedSum, EncryptedUpload, pieces
+from propolis.secure.he.tag import add_tags, tag_bytes, tag_from_wire
+from propolis.secure.prg import Mask
+from propolis.secure.secagg.client import SecAggClient
+from propolis.secure.secagg.masks import mask_private, self_mask
+from propolis.secure.secagg.messages import PrepareRequest, UploadReply, from_bytes, to_bitmap, to_bytes
+from propolis.secure.secagg.plan import Kind, Plan, Terms
+from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.states import Exchange
+from propolis.server.masked_round import MaskedRounds, Masking
+
+DIMENSION = 20_000  # three ciphertexts
+OTHER_INPUT = b"j" * 32
+ALL = range(7)
+
+
+@pytest.fixture(autouse=True)
+def masked() -> Iterator[None]:
+    tokens = over_ciphertexts.set(True), under_masks.set(True)
+    yield
+    over_ciphertexts.reset(tokens[0])
+    under_masks.reset(tokens[1])
+
+
+@dataclass
+class Chunk:
+    """A ciphertext and its tag, as who has the key works with them."""
+
+    residues: NDArray[np.uint64]
+    tag: NDArray[np.uint64]
+
+
+def chunks_of(data: bytes) -> list[Chunk]:
+    made = scheme(MOST_DEVICES)
+    opened = EncryptedUpload.from_bytes(data, len(data)).ciphertexts
+    size, read = made.upload_bytes + tag_bytes(made.parameters), adder(made)
+    return [
+        Chunk(
+            read.residues(read.read(each[: made.upload_bytes])),
+            tag_from_wire(each[made.upload_bytes :], made.parameters),
+        )
+        for each in pieces(opened, size)
+    ]
+
+
+def without(chunks: Sequence[Chunk], masks: Sequence[Mask]) -> list[Chunk]:
+    """The chunks once these masks have been taken away."""
+    streams = CiphertextMasks([Mask(mask.seed, -mask.sign) for mask in masks], scheme(MOST_DEVICES).parameters)
+    left = []
+    for chunk in chunks:
+        first, tag = streams.onto(chunk.residues[0], chunk.tag)
+        left.append(Chunk(np.stack([first, chunk.residues[1]]), tag))
+    return left
+
+
+def added(uploads: Sequence[Sequence[Chunk]]) -> list[Chunk]:
+    parameters = scheme(MOST_DEVICES).parameters
+    primes = np.array(parameters.primes, np.uint64)[:, None]
+    total = list(uploads[0])
+    for upload in uploads[1:]:
+        total = [
+            Chunk((one.residues + other.residues) % primes, add_tags(one.tag, other.tag, parameters))
+            for one, other in zip(total, upload, strict=True)
+        ]
+    return total
+
+
+def decrypted(chunk: Chunk) -> NDArray[np.uint64]:
+    made = scheme(MOST_DEVICES)
+    return decryptor(made).decrypt(adder(made).whole(chunk.residues))
+
+
+def is_hidden(chunks: Sequence[Chunk], played: Round, devices: Collection[int]) -> bool:
+    """Whether neither ciphertexts nor tags tell who has secret key and MAC key anything."""
+    made = scheme(MOST_DEVICES)
+    maker = tags(made, len(chunks), played._encrypted_plan.round_id(()))
+    opened = np.concatenate([decrypted(chunk) for chunk in chunks])
+    expected = maker.of_devices(devices)
+    for place, chunk in enumerate(chunks):
+        if (add_tags(maker.of_residues(place, chunk.residues), expected[place], made.parameters) == chunk.tag).any():
+            return False
+    first = np.concatenate([chunk.residues[0] for chunk in chunks], axis=1)
+    # Of a constant, all slots are one value: under masks no two of them are alike.
+    uniform = looks_uniform((first & np.uint64(0xFFFF)).astype("<u2").tobytes())
+    return uniform and len(np.unique(opened)) > 0.999 * len(opened)
+
+
+def begun(shared_inputs: dict[int, bytes] | None = None) -> tuple[Round, dict[int, list[Chunk]]]:
+    """A round of constants up to the uploads, which the server keeps."""
+    played = Cohort(7).round(dimension=DIMENSION)
+    uploads: dict[int, list[Chunk]] = {}
+
+    def keep(step: str, index: int, data: bytes) -> bytes:
+        if step == "upload reply":
+            uploads[index] = chunks_of(from_bytes(UploadReply, data).vector)
+        return data
+
+    played.meddle = keep
+    played.inputs = {index: np.full(played._layout.count, index) for index in ALL}
+    played.shared_inputs = dict(shared_inputs or {})
+    played.prepare()
+    return played, uploads
+
+
+def pairs_of(played: Round, victim: int, others: Collection[int]) -> list[Mask]:
+    """The masks between a victim and its neighbours, as these know them before they upload."""
+    head = played.server._members[victim].head
+    assert head is not None
+    masks = []
+    for other in others:
+        role = SecAggClient.from_bytes(played.cohort.federation.devices[other].round, bytes(32))
+        own = role.mask_private
+        pair = pairwise_mask(other, own, victim, head.mask_key, played.terms.digest, SHARED_INPUT)
+        masks.append(Mask(pair.seed, -pair.sign))
+    return masks
+
+
+def own_of(played: Round, index: int) -> Mask:
+    """A device's own mask, which the server knows once the sum is told."""
+    request = labels.digest(labels.REQUEST, to_bytes(played.server.upload_request(index)))
+    return self_mask(played.server._reconstruct(index), index, played.terms.digest, SHARED_INPUT, request)
+
+
+def finished(played: Round) -> None:
+    played.upload()
+    played.server.close_uploads()
+    played.unmask()
+    assert not played.refused
+
+
+@pytest.mark.parametrize("colluding", [[], [0], [0, 1, 2, 3, 4]], ids=str)
+def test_one_honest_neighbour_hides_an_update_from_all_others_with_the_key(colluding: list[int]) -> None:
+    """The server tells the sum, which takes every own mask; colluding neighbours give theirs, and the key."""
+    played, uploads = begun()
+    pairs = pairs_of(played, 6, colluding)
+    finished(played)
+    assert is_hidden(uploads[6], played, [6])
+    assert is_hidden(without(uploads[6], pairs), played, [6])
+    assert is_hidden(without(uploads[6], [own_of(played, 6), *pairs]), played, [6])
+
+
+def test_with_all_neighbours_colluding_the_update_lies_open() -> None:
+    """There is no honest one to hide among: what is found above is the masks."""
+    played, uploads = begun()
+    pairs = pairs_of(played, 6, range(6))
+    finished(played)
+    assert is_hidden(without(uploads[6], pairs), played, [6])
+    opened = without(uploads[6], [own_of(played, 6), *pairs])
+    assert not is_hidden(opened, played, [6])
+    assert len({tuple(np.unique(decrypted(chunk))[:3]) for chunk in opened[:1]}) == 1
+    assert len(np.unique(decrypted(opened[0]))) == 1
+
+
+def test_the_two_honest_ones_show_their_sum() -> None:
+    played, uploads = begun()
+    pairs = [pairs_of(played, victim, range(5)) for victim in (5, 6)]
+    finished(played)
+    single = [without(uploads[index], [own_of(played, index), *pairs[index - 5]]) for index in (5, 6)]
+    assert all(is_hidden(each, played, [index]) for index, each in zip((5, 6), single, strict=True))
+    assert not is_hidden(added(single), played, [5, 6])
+
+
+@pytest.mark.parametrize("victims", [(0,), (6,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("shared_input", [SHARED_INPUT, OTHER_INPUT])
+def test_with_two_models_the_sum_is_noise(victims: tuple[int, ...], shared_input: bytes) -> None:
+    played, uploads = begun(dict.fromkeys(victims, OTHER_INPUT))
+    finished(played)
+    with pytest.raises(PeerError, match="the sum is noise"):
+        played.server.sum(shared_input)
+    masks = [Mask(mask.seed, -mask.sign) for mask in played.server._masks_left(shared_input)]
+    assert is_hidden(without(added(list(uploads.values())), masks), played, ALL)
+
+
+def test_with_one_model_the_sum_opens() -> None:
+    played, _ = begun()
+    finished(played)
+    np.testing.assert_array_equal(played.sum()[0], played.expected())
+
+
+def test_who_dropped_stays_hidden() -> None:
+    """Its key is told, so its neighbours' masks are known; its own mask is not."""
+    played, _ = begun()
+    upload = chunks_of(from_bytes(UploadReply, played.masked(6, to_bytes(played.server.upload_request(6)))).vector)
+    played.upload(silent=[6])
+    played.server.close_uploads()
+    played.unmask()
+    np.testing.assert_array_equal(played.sum()[0], played.expected())
+    key = mask_private(played.server._reconstruct(6), 6, played.terms.digest)
+    pairs = []
+    for other in range(6):
+        head = played.server._members[other].head
+        assert head is not None
+        pairs.append(pairwise_mask(6, key, other, head.mask_key, played.terms.digest, SHARED_INPUT))
+    assert is_hidden(without(upload, pairs), played, [6])
+
+
+# The same in Flower's messages
+
+
+def stolen(hive: EncryptedHive, victim: int) -> EncryptedSum:
+    """A device's upload as a sum over it alone."""
+    return replace(sum_of(hive), alive=to_bitmap([victim], 5), ciphertexts=hive.uploads()[victim].ciphertexts)
+
+
+def constant(message: Message, index: int) -> RecordDict:
+    return answer({name: np.ones_like(array) for name, array in MODEL.items()}, num_examples=1)
+
+
+def test_a_device_with_the_key_cannot_open_the_upload_of_another() -> None:
+    hive = EncryptedHive(5, constant)
+    hive.round()
+    key = _key_of(hive.stores[1])
+    with pytest.raises(PeerError) as caught:
+        key.open(stolen(hive, 0), 1)
+    assert caught.value.refusal is Refusal.CIPHERTEXT
+    made = scheme_of(hive.keys.public.parameters)
+    slots = key._decryptor.decrypt(hive.uploads()[0].ciphertexts[: made.ciphertext_bytes])
+    assert len(np.unique(slots)) > 0.999 * len(slots)
+
+
+def test_without_masks_it_could() -> None:
+    """What is above is the masks; a device's floor is its own, and an attacker's is one."""
+    under_masks.set(False)
+    hive = EncryptedHive(5, constant)
+    hive.round()
+    key = _key_of(hive.stores[1])
+    np.testing.assert_allclose(key.open(stolen(hive, 0), 1)[1].arrays["w"], np.ones_like(MODEL["w"]), atol=1e-3)
+    made = scheme_of(hive.keys.public.parameters)
+    slots = key._decryptor.decrypt(hive.uploads()[0].ciphertexts[: made.ciphertext_bytes])
+    assert len(np.unique(slots)) < 0.1 * len(slots)
+
+
+def have_asked_without_masks(hive: EncryptedHive) -> None:
+    """Have the server ask for an encrypted update that has no masks, under the very plan of the round."""
+
+    def deliver(exchange: str, message: Message) -> Message:
+        if exchange != "upload":
+            return message
+        plan = plan_of(hive)
+        told = protocol_record(Exchange.ENCRYPT, plan, broadcast_in(message.content))
+        return with_content(message, RecordDict({**message.content, RECORD: told}))
+
+    hive.wire.deliver = deliver
+
+
+def plan_of(hive: EncryptedHive) -> bytes:
+    """The plan of what is encrypted in the round under way."""
+    (asked, *_) = [from_bytes(PrepareRequest, body_of(m)) for m in hive.wire.requests if exchange_of(m) == "prepare"][
+        -1:
+    ]
+    return Terms(asked.plan).plan.encrypted
+
+
+def test_a_device_that_is_asked_without_masks_refuses_where_its_policy_says_so() -> None:
+    strict = EncryptedHive(5, policy=Policy(require_masks=True, max_reveals_per_model=None))
+    strict.round()
+    under_masks.set(False)
+    lax = EncryptedHive(5, policy=Policy(require_masks=True, max_reveals_per_model=None))
+    with pytest.raises(TooFewPeersError, match="encrypt: policy"):
+        lax.round()
+
+
+def test_a_round_that_was_prepared_with_masks_is_never_answered_without() -> None:
+    """Whatever the policy: the attempt is taken, and its tags are made once."""
+    hive = EncryptedHive(5)
+    hive.round()
+    have_asked_without_masks(hive)
+    with pytest.raises(TooFewPeersError):
+        hive.round()
+    said = [m for m in hive.wire.replies if m.has_error()]
+    assert len(said) >= 5
+    assert {refusal_of(message.error.code) for message in said} == {Refusal.STALE}
+
+
+def test_a_device_can_insist_on_encryption() -> None:
+    plain = Hive(5, policy=Policy(require_encryption=True))
+    with pytest.raises(TooFewPeersError, match="prepare: policy"):
+        plain.round()
+    hive = EncryptedHive(5, policy=Policy(require_encryption=True))
+    hive.round()
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"run_id": bytes(16)},
+    {"round": 7},
+    {"attempt": 7},
+    {"kind": Kind.EVALUATE, "entries": ()},
+    {"roster_number": 7},
+    {"roster_digest": bytes(32)},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_what_is_encrypted_is_of_the_very_attempt_that_is_masked(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a server could have the tags of one attempt made twice."""
+    hive, original = EncryptedHive(5, attempts=1), MaskedRounds._plan
+
+    def planned(self: MaskedRounds, plan: EncryptedPlan, *more: Any) -> Plan:
+        return replace(original(self, plan, *more), encrypted=replace(plan, **change).encoded)
+
+    monkeypatch.setattr(MaskedRounds, "_plan", planned)
+    with pytest.raises(TooFewPeersError, match="upload: model"):
+        hive.round()
+
+
+def test_sums_over_one_model_are_counted() -> None:
+    hive = EncryptedHive(5, policy=Policy(max_reveals_per_model=2))
+    before = hive.grid.model
+    for _ in range(2):
+        hive.round()
+        hive.grid.model = before
+    with pytest.raises(TooFewPeersError, match="upload: reveals"):
+        hive.round()
+
+
+def test_an_error_after_training_counts_like_a_sum() -> None:
+    def fail(message: Message, index: int) -> RecordDict:
+        raise ValueError("no")
+
+    hive = EncryptedHive(5, fail, policy=Policy(max_reveals_per_model=2), attempts=1)
+    for said in ("training-failed", "training-failed", "reveals"):
+        with pytest.raises(TooFewPeersError, match=f"upload: {said}"):
+            hive.round()
+
+
+def test_two_sums_of_nearly_the_same_devices_are_not_told() -> None:
+    hive = EncryptedHive(8)
+    before = hive.grid.model
+    hive.round()
+    hive.grid.model = before
+    with pytest.raises(TooFewPeersError, match="differ by fewer than 3"):
+        hive.round(nodes=range(1, 8))
+    hive.grid.model = before
+    hive.round(nodes=range(1, 6))
+
+
+def test_the_same_request_gets_the_same_bytes_and_another_one_none() -> None:
+    hive = EncryptedHive(5)
+    hive.round()
+    (request, *_) = [m for m in hive.wire.requests if exchange_of(m) == "upload" and m.metadata.dst_node_id == 1]
+    (reply, *_) = [m for m in hive.wire.said("upload") if m.metadata.src_node_id == 1]
+    (again,) = hive.wire.inner.send_and_receive(messages=[request])
+    assert again.has_error()  # the round has been unmasked, and its answers are gone or kept: never made anew
+    assert refusal_of(again.error.code) in (Refusal.PHASE, Refusal.REPEATED) or body_of(again) == body_of(reply)
+
+
+def test_malicious_servers_are_stood_too() -> None:
+    hive = EncryptedHive(5, masking=Masking(malicious=True))
+    hive.round()
+    require_opened(hive.opened(), MODEL, range(5))
+    assert len(hive.wire.said("confirm")) == 5
+    picky = EncryptedHive(5, policy=Policy(require_malicious=True))
+    with pytest.raises(TooFewPeersError, match="prepare: policy"):
+        picky.round()
