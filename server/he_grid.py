@@ -157,8 +157,7 @@ class HeGrid(ProtectedGrid):
 
     def _round(self, batch: Batch) -> Message:
         channel = Channel(self.inner, batch.message_type, batch.messages[0].metadata.group_id, self._cancelled)
-        recalled = self._masked.recall(batch, self._roster, self._encryption.key) if self._masked else None
-        collected = recalled or self._collected(batch, channel)
+        collected = self._recalled(batch) or self._collected(batch, channel)
         alive = to_bitmap(collected.alive, len(self._roster.roster.entries))
         summed = collected.summed
         total = EncryptedSum(collected.plan.encoded, alive, summed.metrics, summed.ciphertexts)
@@ -167,6 +166,12 @@ class HeGrid(ProtectedGrid):
         else:
             self.evaluation = total
         return self._reply(batch, len(collected.alive), channel)
+
+    def _recalled(self, batch: Batch) -> Collected | None:
+        """What devices revealed to this round's sum before the server was started again."""
+        if self._masked is None:
+            return None
+        return self._masked.recall(batch, self._content(batch), self._roster, self._encryption.key)
 
     def _collected(self, batch: Batch, channel: Channel) -> Collected:
         """A round with the devices that are there."""

@@ -18,6 +18,7 @@ from propolis.secure.secagg.plan import Plan, Terms
 from propolis.secure.secagg.server import SecAggServer
 from propolis.server.batch import Batch
 from propolis.server.broadcaster import WholeModel
+from propolis.server.channel import Content
 from propolis.server.directory import Directory
 from propolis.server.he_round import Asking, Collected
 from propolis.server.journal import Journal
@@ -77,8 +78,7 @@ class MaskedRounds:
         """
         self._masking.require_feasible(len(asked.nodes))
         content, nodes = asked.content, dict(asked.nodes)
-        group_id = batch.messages[0].metadata.group_id
-        model, shared_input = encrypted_input_of(content.records, content.broadcast, group_id)
+        model, shared_input = encrypted_input_of(content.records, content.broadcast, _group_of(batch))
         terms = Terms(self._plan(asked.plan, nodes, roster).to_bytes())
         keys = {index: self._directory.spend(node_id) for index, node_id in nodes.items()}
         server = SecAggServer(terms, roster, keys, asked.total, metrics=())
@@ -94,11 +94,12 @@ class MaskedRounds:
         self._published.remember(batch.kind, model, server.alive)
         return Collected(asked.plan, server.alive, summed)
 
-    def recall(self, batch: Batch, roster: TrustedRoster, key: PublicKey) -> Collected | None:
+    def recall(self, batch: Batch, content: Content, roster: TrustedRoster, key: PublicKey) -> Collected | None:
         """The same from what this round's devices revealed before the server was started again, if they did.
 
         Args:
             batch: the strategy's messages.
+            content: what the application tells the devices.
             roster: that the devices are in.
             key: of the federation, as it is now.
         """
@@ -113,6 +114,8 @@ class MaskedRounds:
         if recalled is None:
             return None
         before, server = recalled
+        if before.shared_input != encrypted_input_of(content.records, content.broadcast, _group_of(batch))[1]:
+            return None
         try:
             summed, _ = server.sum(before.shared_input)
         except (PeerError, TooFewPeersError):
@@ -135,3 +138,7 @@ class MaskedRounds:
             dropped_ppm=round(self._masking.dropped * 1e6),
             encrypted=plan.encoded,
         )
+
+
+def _group_of(batch: Batch) -> str:
+    return batch.messages[0].metadata.group_id

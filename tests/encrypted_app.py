@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class EncryptedHive(Rounds):
         seeded: bool = False,
         exact: Iterable[str] = (),
         frozen: Iterable[str] = (),
+        journal: Path | None = None,
         **encryption: Any,
     ) -> None:
         self.federation = federation or encrypted_federation(devices, seeded)
@@ -72,7 +74,7 @@ class EncryptedHive(Rounds):
         masking = Masking() if under_masks.get() else None
         given = {"key": self.keys.public, "max_weight": float(devices), "masking": masking, **encryption}
         self.encryption = Encryption(**given)
-        self._more = {"exact": exact, "frozen": frozen}
+        self._more: dict[str, Any] = {"exact": exact, "frozen": frozen, "journal": journal}
         self.grid = self.new_grid(strategy or FedAvg())
 
     def new_grid(self, strategy: Strategy) -> HeGrid:

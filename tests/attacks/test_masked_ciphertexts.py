@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from attacks.uniformity import looks_uniform
-from encrypted_app import EncryptedHive, require_opened, sum_of, under_masks
+from encrypted_app import EncryptedHive, another_key, require_opened, sum_of, under_masks
 from encrypting import adder, decryptor, scheme, tags
 from flwr.app import Message, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from protocol import MOST_DEVICES, SHARED_INPUT, Cohort, Round, over_ciphertexts, pairwise_mask
-from secure_app import MODEL, Hive, answer, body_of, exchange_of
+from secure_app import MODEL, Hive, answer, body_of, exchange_of, mean_shift, outcome_of
 
-from propolis.client.encrypted import _key_of
+from propolis.client.encrypted import _key_of, encrypt_under_masks
+from propolis.client.state import MemoryStore
 from propolis.flower import with_content
 from propolis.messages import RECORD, broadcast_in, protocol_record, refusal_of
 from propolis.secure import labels
@@ -33,6 +36,7 @@ from propolis.secure.secagg.plan import Kind, Plan, Terms
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
 from propolis.server.masked_round import MaskedRounds, Masking
+from propolis.simulations.federation import SIMULATED
 
 DIMENSION = 20_000  # three ciphertexts
 OTHER_INPUT = b"j" * 32
@@ -379,3 +383,58 @@ def test_malicious_servers_are_stood_too() -> None:
     picky = EncryptedHive(5, policy=Policy(require_malicious=True))
     with pytest.raises(TooFewPeersError, match="prepare: policy"):
         picky.round()
+
+
+def test_a_round_that_begins_while_an_upload_is_looked_at_ends_it() -> None:
+    """What was read of the round before would be encrypted for it, under the masks of the next."""
+    hive = EncryptedHive(5)
+    hive.round()
+    old = hive.stores[0].change(lambda device: device.terms)
+    refusals = []
+
+    def deliver(exchange: str, message: Message) -> Message:
+        if exchange == "upload" and message.metadata.dst_node_id == 1:
+            with pytest.raises(PeerError, match="another round has begun") as caught:
+                encrypt_under_masks(hive.stores[0], body_of(message), old, message, None, None)  # type: ignore[arg-type]
+            refusals.append(caught.value.refusal)
+        return message
+
+    hive.wire.deliver = deliver
+    hive.round()
+    assert refusals == [Refusal.PHASE]
+    require_opened(hive.opened(), {n: a + mean_shift(range(5)) for n, a in MODEL.items()}, range(5), 1e-3)
+
+
+# A server that crashes
+
+
+def test_after_a_crash_the_same_round_costs_no_second_reveal(tmp_path: Path) -> None:
+    hive = EncryptedHive(5, journal=tmp_path / "journal")
+    hive.round(**{"server-round": 1})
+    asked, first = len(hive.wire.asked("unmask")), sum_of(hive)
+    hive.grid = hive.new_grid(FedAvg())
+    assert outcome_of(hive.round(**{"server-round": 1})).survivors == 5
+    assert len(hive.wire.asked("unmask")) == asked
+    assert sum_of(hive) == first
+    require_opened(hive.opened(), MODEL, range(5))
+
+
+@pytest.mark.parametrize("what", ["round", "kind", "model", "key"])
+def test_what_was_revealed_for_something_else_is_asked_again(tmp_path: Path, what: str) -> None:
+    hive = EncryptedHive(5, journal=tmp_path / "journal")
+    hive.round(**{"server-round": 1})
+    asked, state = len(hive.wire.asked("unmask")), hive.grid.state()
+    hive.grid = hive.new_grid(FedAvg())
+    if what == "model":
+        hive.grid.resume_from({}, state)
+    if what == "key":
+        keys = another_key(hive.federation)
+        hive.encryption = replace(hive.encryption, key=keys.public)
+        hive.stores[:] = [
+            MemoryStore(state.copy(), SIMULATED, he_key=bundle)
+            for state, bundle in zip(hive.federation.devices, keys.bundles, strict=True)
+        ]
+        hive.grid = hive.new_grid(FedAvg())
+    number = 2 if what == "round" else 1
+    hive.round("evaluate" if what == "kind" else "train", **{"server-round": number})
+    assert len(hive.wire.asked("unmask")) == asked + 5
