@@ -259,10 +259,11 @@ def test_devices_lost_at_any_exchange_leave_a_run_that_learns() -> None:
     assert sum(record.dropped for record in history) > 5
 
 
-def test_device_processes_behind_the_link_train_encrypted(tmp_path: Path) -> None:
-    settings = job(clients=3, rounds=2, backend="link", evaluate_fraction=1.0)
-    linked = simulate(settings, RunOptions(tmp_path / "link"))["opened"]
-    local = simulate(settings.model_copy(update={"backend": "local"}), RunOptions(tmp_path / "local"))["opened"]
+def test_device_processes_behind_the_link_train_encrypted_and_masked(tmp_path: Path) -> None:
+    settings = job(clients=3, rounds=2, evaluate_fraction=1.0)
+    over_link = settings.model_copy(update={"backend": "link", "protection": "he+secagg"})
+    linked = simulate(over_link, RunOptions(tmp_path / "link"))["opened"]
+    local = simulate(settings, RunOptions(tmp_path / "local"))["opened"]
     assert linked == local
     assert arrays_equal(tmp_path / "link", tmp_path / "local")
 
