@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from propolis.messages import encrypted_input_of
-from propolis.secure.errors import PeerError, Refusal, TooFewPeersError, UsageError
+from propolis.secure.errors import PeerError, TooFewPeersError, UsageError
 from propolis.secure.graph import sharing
 from propolis.secure.he.keys import PublicKey
 from propolis.secure.he.messages import EncryptedPlan
@@ -105,10 +105,7 @@ class MaskedRounds:
         """
 
         def total_of(terms: Terms) -> EncryptedTotal:
-            plan = EncryptedPlan.from_bytes(terms.plan.encrypted)
-            if plan.key_id != key.key_id:
-                raise PeerError(Refusal.HE_KEY, "the round is under another key")
-            return EncryptedTotal(plan, key)
+            return EncryptedTotal(EncryptedPlan.from_bytes(terms.plan.encrypted), key)
 
         recalled = self._journal.recall(batch, roster, total_of) if self._journal else None
         if recalled is None:

@@ -300,6 +300,21 @@ class Device:
         if self._policy.max_reveals_per_model is not None:
             self.state.count_reveal(self._counted(model))
 
+    def require_trusted_key(self, key_id: bytes) -> None:
+        """Against who tries one forgery after the other: a key of homomorphic encryption is used up at some time.
+
+        Args:
+            key_id: of the key.
+
+        Raises:
+            PeerError: as many sums under it as the policy allows were none.
+        """
+        if self.state.refused_sums.get(key_id, 0) >= self._policy.max_refused_sums:
+            raise PeerError(
+                Refusal.HE_KEY,
+                f"{self._policy.max_refused_sums} sums under this key were none: its holder has to make another one",
+            )
+
     def _counted(self, model: bytes) -> bytes:
         return labels.digest(labels.MODEL, model, self.terms.kind.name.encode())
 

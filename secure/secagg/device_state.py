@@ -19,7 +19,7 @@ from propolis.secure.wire import STATE_VERSION, decode, fill, read, serialized
 
 # What is remembered of old runs and models; the oldest is forgotten first.
 _SECRET_BYTES = 32
-_MOST_RUNS, _MOST_REVEALS = 1024, 4096
+_MOST_RUNS, _MOST_REVEALS, _MOST_KEYS = 1024, 4096, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class DeviceState:
         runs: last (round, attempt) of each run, the latest run last.
         peers: by index.
         reveals: how often a sum over a model was revealed, by digest.
+        refused_sums: how often an encrypted sum was found to be none, by the id of its key.
         round: state of `SecAggClient`; empty before the first round.
         plan: of that round.
         model: digest of the model that the round's update is over.
@@ -77,6 +78,7 @@ class DeviceState:
     runs: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     peers: dict[int, Peer] = field(default_factory=dict)
     reveals: dict[bytes, int] = field(default_factory=dict)
+    refused_sums: dict[bytes, int] = field(default_factory=dict)
     round: bytes = b""
     plan: bytes = b""
     model: bytes = b""
@@ -111,6 +113,7 @@ class DeviceState:
             runs=dict(self.runs),
             peers=dict(self.peers),
             reveals=dict(self.reveals),
+            refused_sums=dict(self.refused_sums),
             answers=dict(self.answers),
         )
 
@@ -148,6 +151,11 @@ class DeviceState:
         self.reveals[model] = self.reveals.pop(model, 0) + 1
         _forget_oldest(self.reveals, _MOST_REVEALS)
 
+    def count_refused_sum(self, key_id: bytes) -> None:
+        """Note that an encrypted sum under a key was none."""
+        self.refused_sums[key_id] = self.refused_sums.pop(key_id, 0) + 1
+        _forget_oldest(self.refused_sums, _MOST_KEYS)
+
     def begin_answer(self, exchange: Exchange, request: bytes) -> None:
         """Commit to a request before its reply is there; replies of earlier exchanges are needed no more."""
         for earlier, answer in self.answers.items():
@@ -172,6 +180,7 @@ class DeviceState:
             rounding_secret=self.rounding_secret,
             runs=[pb.DeviceState.Run(run_id=run, round=r, attempt=a) for run, (r, a) in self.runs.items()],
             reveals=[pb.DeviceState.Reveal(model=model, count=count) for model, count in self.reveals.items()],
+            refused_sums=[pb.DeviceState.RefusedSums(key_id=k, count=n) for k, n in self.refused_sums.items()],
             round=self.round,
             plan=self.plan,
             model=self.model,
@@ -214,6 +223,7 @@ class DeviceState:
                 runs={run.run_id: (run.round, run.attempt) for run in state.runs},
                 peers={peer.index: _peer(peer) for peer in state.peers},
                 reveals={reveal.model: reveal.count for reveal in state.reveals},
+                refused_sums={each.key_id: each.count for each in state.refused_sums},
                 round=state.round,
                 plan=state.plan,
                 model=state.model,

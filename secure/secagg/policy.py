@@ -32,6 +32,8 @@ class Policy:
         require_encryption: take part only in rounds whose sums the server cannot read.
         require_masks: take part only in rounds in which not even who has the federation's key of homomorphic
             encryption could read this device's own update.
+        max_refused_sums: encrypted sums that this device may find not to be what they are said to be before it uses
+            their key no more; the key's holder then has to make another one.
     """
 
     min_cohort: int = 3
@@ -49,6 +51,7 @@ class Policy:
     allow_unprotected: bool = False
     require_encryption: bool = False
     require_masks: bool = False
+    max_refused_sums: int = 100
 
     def __post_init__(self) -> None:
         if self.min_cohort < 2 or self.min_threshold < 1:
@@ -59,5 +62,7 @@ class Policy:
             raise UsageError("a policy's max_weight and max_norm must be positive")
         if not (2 <= self.min_bits <= 32 and 0 <= self.min_density <= 1 and self.max_step > 0):
             raise UsageError("a policy needs min_bits in 2..32, min_density in [0, 1] and max_step > 0")
+        if self.max_refused_sums < 1:
+            raise UsageError("a policy's max_refused_sums must be at least 1")
         if self.max_reveals_per_model is not None and self.max_reveals_per_model < 1:
             raise UsageError("a policy's max_reveals_per_model must be at least 1")

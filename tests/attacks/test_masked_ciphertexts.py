@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import pytest
 from attacks.uniformity import looks_uniform
 from encrypted_app import EncryptedHive, another_key, require_opened, sum_of, under_masks
 from encrypting import adder, decryptor, scheme, tags
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from protocol import MOST_DEVICES, SHARED_INPUT, Cohort, Round, over_ciphertexts, pairwise_mask
-from secure_app import MODEL, Hive, answer, body_of, exchange_of, mean_shift, outcome_of
+from secure_app import MODEL, Hive, answer, arrays_of, body_of, exchange_of, mean_shift, outcome_of
 
 from propolis.client.encrypted import _key_of, encrypt_under_masks
 from propolis.client.state import MemoryStore
@@ -438,3 +438,49 @@ def test_what_was_revealed_for_something_else_is_asked_again(tmp_path: Path, wha
     number = 2 if what == "round" else 1
     hive.round("evaluate" if what == "kind" else "train", **{"server-round": number})
     assert len(hive.wire.asked("unmask")) == asked + 5
+
+
+# A server that shows devices different models
+
+
+def told_otherwise(hive: EncryptedHive, change: Callable[[RecordDict, bytes], tuple[RecordDict, bytes]]) -> None:
+    """Have device 1 get another content, or another broadcast, with the same request."""
+
+    def deliver(exchange: str, message: Message) -> Message:
+        if exchange != "upload" or message.metadata.dst_node_id != 1:
+            return message
+        records, broadcast = change(message.content, broadcast_in(message.content))
+        told = protocol_record(Exchange.UPLOAD, body_of(message), broadcast)
+        return with_content(message, RecordDict({**records, RECORD: told}))
+
+    hive.wire.deliver = deliver
+
+
+def test_a_device_that_is_given_an_older_model_makes_the_sum_noise() -> None:
+    """Both are sums of the federation, so the device opens either."""
+    hive = EncryptedHive(5, attempts=1)
+    hive.round()
+    older = sum_of(hive).to_bytes()
+    hive.round()
+    told_otherwise(hive, lambda records, broadcast: (records, older))
+    with pytest.raises(TooFewPeersError, match="the sum is noise"):
+        hive.round()
+
+
+def test_a_device_that_is_given_other_frozen_values_makes_the_sum_noise() -> None:
+    def work(message: Message, index: int) -> RecordDict:
+        moved = dict(arrays_of(message))
+        del moved["fixed"]
+        return answer(moved, num_examples=1)
+
+    model = {**MODEL, "fixed": np.array([7.0], np.float32)}
+    hive = EncryptedHive(5, work, frozen=["fixed"], attempts=1)
+    hive.round(model=model)
+
+    def change(records: RecordDict, broadcast: bytes) -> tuple[RecordDict, bytes]:
+        arrays = {**records.array_records["arrays"], "fixed": Array(np.array([8.0], np.float32))}
+        return RecordDict({**records, "arrays": ArrayRecord(arrays)}), broadcast
+
+    told_otherwise(hive, change)
+    with pytest.raises(TooFewPeersError, match="the sum is noise"):
+        hive.round(model=model)
