@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from propolis.model_files import (
+    FLOAT32_FILE,
+    INT8_FILE,
+    figures_of,
+    has_seven_bits,
+    require_exporter,
+)
 from propolis.secure.errors import UsageError
 from propolis.server.export_cli import (
     CALIBRATION_EXAMPLES,
@@ -16,14 +23,6 @@ from propolis.server.export_cli import (
     Int8Flag,
     SevenBitsFlag,
     require_int8,
-)
-from propolis.server.model_files import (
-    FLOAT32_FILE,
-    INT8_FILE,
-    figures_of,
-    has_seven_bits,
-    is_converted,
-    require_exporter,
 )
 from propolis.server.models_cli import JsonFlag, NameArgument, RegistryFlag, VersionArgument, open_named, say_version
 
@@ -102,7 +101,7 @@ def convert_command(
     how = Conversion(task, data, int8, seven_bits, calibrate, golden, no_golden, golden_from_test_set)
     opened = open_named(registry)
     wanted = opened.version(name, version)
-    if is_converted(wanted):
+    if wanted.is_converted:
         _require_same(opened, wanted, how)
         say_version(f"{wanted} has its files already: {_names(wanted)}", wanted, as_json)
         return
@@ -112,7 +111,7 @@ def convert_command(
 
 def converted(registry: Registry, version: Version, how: Conversion) -> Version:
     """The version with its files, which are made where it has none."""
-    if is_converted(version):
+    if version.is_converted:
         _require_same(registry, version, how)
         return version
     made, said = _convert(registry, version, how)
@@ -124,7 +123,7 @@ def _convert(registry: Registry, version: Version, how: Conversion) -> tuple[Ver
     """Convert a version, and say what came of it."""
     require_exporter()
 
-    from propolis.server.convert import Quantization
+    from propolis.convert import Quantization
     from propolis.server.convert_version import convert_version
 
     quantization = Quantization(how.calibrate, how.seven_bits) if how.int8 else None

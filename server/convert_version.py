@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from propolis.convert import Converted, Quantization, convert
+from propolis.export import Origin
+from propolis.model_files import FLOAT32_FILE, INT8_FILE
 from propolis.secure.errors import UsageError
 from propolis.secure.manifest import Kind
-from propolis.server.convert import Converted, Quantization, convert
 from propolis.server.evaluation import data_name
-from propolis.server.export import Origin
 from propolis.server.golden_inputs import GoldenChoice, GoldenFrom, golden_inputs, require_golden_choice
-from propolis.server.model_files import FLOAT32_FILE, INT8_FILE
 from propolis.server.registry import Registry
 from propolis.server.registry_files import NewArtifact
 from propolis.server.registry_records import Version

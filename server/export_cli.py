@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from propolis.model_files import figures_of, require_exporter
 from propolis.secure.errors import UsageError
-from propolis.server.model_files import figures_of, require_exporter
 
 if TYPE_CHECKING:
-    from propolis.server.convert import Quantization
-    from propolis.server.export import Origin
+    from propolis.convert import Quantization
+    from propolis.export import Origin
 
 
 DataFlag = Annotated[Path | None, typer.Option("--data", help="Folder with the data, where the task reads one.")]
@@ -49,8 +49,8 @@ def export_command(
     except OSError as error:
         raise UsageError(f"cannot read {model}: {error.strerror}") from None
 
-    from propolis.server.convert import Quantization
-    from propolis.server.export import Origin, digest_of
+    from propolis.convert import Quantization
+    from propolis.export import Origin, digest_of
 
     origin = Origin(name or task.rpartition(":")[2], version, task, digest_of(weights), round_, parent)
     result = _export(origin, weights, data, out, Quantization(calibrate, seven_bits) if int8 else None)
@@ -67,7 +67,7 @@ def _export(
     origin: Origin, weights: bytes, data: Path | None, out: Path, quantization: Quantization | None
 ) -> dict[str, Any]:
     """Write the files, and return what there is to say about them."""
-    from propolis.server.convert import convert
+    from propolis.convert import convert
     from propolis.storage import write_atomically
     from propolis.task import check_task, load_task
 

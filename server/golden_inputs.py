@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from propolis.export import INPUT, first_inputs, spread_inputs
 from propolis.secure.errors import UsageError
-from propolis.server.export import INPUT, first_inputs, spread_inputs
 from propolis.serving.golden import Golden
 from propolis.task import BUILT_IN, DataSet
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from propolis.clear_folder import clear_folder
 from propolis.secure.errors import StorageError, UsageError
-from propolis.server.clear_folder import clear_folder
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Version
 from propolis.server.urls import without_secrets

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from propolis.server.registry_records import Version
-from propolis.server.size import format_bytes
+from propolis.size import format_bytes
 
 _HEAD = ("model", "version", "created", "size", "round", "accuracy", "loss", "aliases")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from propolis.model_files import FLOAT32_FILE
 from propolis.secure.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -132,6 +133,11 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.model} {self.version}"
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether it has a model that can be served."""
+        return any(each.name == FLOAT32_FILE for each in self.artifacts)
 
 
 def is_name(text: str) -> bool:

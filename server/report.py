@@ -20,8 +20,8 @@ from safetensors.numpy import save
 from propolis.logs import one_line
 from propolis.secure.he.messages import EncryptedSum
 from propolis.server.checkpoint import RoundRecord, RunState
-from propolis.server.size import format_bytes
 from propolis.settings import Settings
+from propolis.size import format_bytes
 from propolis.storage import write_atomically
 
 RESULT, MODEL, CURVES, CONFIG = "result.json", "model.safetensors", "curves.png", "config.toml"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from propolis.model_files import FLOAT32_FILE, INT8_FILE
 from propolis.secure.errors import UsageError
-from propolis.server.model_files import FLOAT32_FILE, INT8_FILE
 from propolis.server.registry import Registry
 from propolis.server.registry_records import Version
 from propolis.server.release import LARGEST_DIFFERENCE

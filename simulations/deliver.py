@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from propolis.client.deliveries import Deliveries, Taking
 from propolis.client.infer import open_installed, probe_of_this_device
 from propolis.client.keyholder import Keyholder
+from propolis.export import evaluate_model
 from propolis.link.certificates import load_tls
 from propolis.link.spool import Spools
 from propolis.secure.errors import PropolisError
@@ -24,7 +25,6 @@ from propolis.secure.manifest import Manifest
 from propolis.secure.release import delegate
 from propolis.server.convert_version import convert_version
 from propolis.server.delivery import Delivery
-from propolis.server.export import evaluate_model
 from propolis.server.golden_inputs import GoldenFrom
 from propolis.server.link import LinkOptions, LinkServer
 from propolis.server.membership import Membership

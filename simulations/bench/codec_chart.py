@@ -8,9 +8,9 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
-from propolis.server.size import format_bytes
 from propolis.simulations.bench.codec_figures import WINDOW
 from propolis.simulations.bench.codec_jobs import CODECS, REFERENCE, Course
+from propolis.size import format_bytes
 
 # Okabe and Ito's colours, which differ for colour-blind eyes too; and a mark for each, for eyes without colours.
 _LOOKS = {

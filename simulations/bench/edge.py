@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from propolis.client.train import LocalTrainer, TrainConfig
-from propolis.server.export import Origin, evaluate_onnx, export_float32, quantize_int8, spread_inputs
+from propolis.export import Origin, evaluate_onnx, export_float32, quantize_int8, spread_inputs
 from propolis.serving.model import load_model
 from propolis.simulations.bench.edge_serving import loads
 from propolis.simulations.bench.link import Part

@@ -130,8 +130,8 @@ def simulate_command(
 
     from rich.console import Console
 
+    from propolis.model_files import require_exporter
     from propolis.server.job import RunOptions, settings_to_resume
-    from propolis.server.model_files import require_exporter
     from propolis.server.registration import Registration
     from propolis.simulations.run import simulate
 
@@ -159,8 +159,8 @@ def simulate_command(
 def _deliver(registry: str, registered: Mapping[str, Any], settings: Settings, as_json: bool) -> dict[str, Any]:
     """Release what was registered and deliver it; what came of it."""
     from propolis.server.opening import open_registry
-    from propolis.server.size import format_bytes
     from propolis.simulations.deliver import deliver
+    from propolis.size import format_bytes
 
     opened = open_registry(registry)
     version = opened.version(registered["model"], registered["version"])
@@ -196,7 +196,7 @@ def _files_of(result: dict[str, Any]) -> str:
 
 def _summary(result: dict[str, Any]) -> str:
     """A result in one line."""
-    from propolis.server.size import format_bytes
+    from propolis.size import format_bytes
 
     figures = [f"{name} {result[name]:.4f}" for name in ("accuracy", "loss") if result[name] is not None]
     return (

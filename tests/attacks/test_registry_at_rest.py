@@ -18,11 +18,12 @@ from safetensors.torch import save
 from sqlalchemy import text
 
 from harness import Blobs
+from propolis import clear_folder
+from propolis.convert import Quantization
 from propolis.secure.errors import UsageError
 from propolis.secure.manifest import Kind
-from propolis.server import clear_folder, registry_key
+from propolis.server import registry_key
 from propolis.server.at_rest import RegistryKey, opened, sealed
-from propolis.server.convert import Quantization
 from propolis.server.convert_version import convert_version
 from propolis.server.registry import Registry
 from propolis.server.registry_files import NewArtifact

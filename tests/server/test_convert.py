@@ -17,9 +17,10 @@ from registries import model_file
 from safetensors.torch import save
 
 from harness import Blobs
+from propolis import convert, export
+from propolis.convert import Quantization
 from propolis.secure.errors import PropolisError, UsageError
-from propolis.server import convert, convert_cli, export
-from propolis.server.convert import Quantization
+from propolis.server import convert_cli
 from propolis.server.convert_version import convert_version
 from propolis.server.golden_inputs import GOLDEN_EXAMPLES, GoldenFrom
 from propolis.server.registry import Registry

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from propolis.clear_folder import clear_folder, temporary_files_in
+from propolis.model_files import SEVEN_BITS
 from propolis.secure.errors import PropolisError, UsageError
-from propolis.server.clear_folder import clear_folder, temporary_files_in
-from propolis.server.model_files import SEVEN_BITS
 from propolis.serving.model import METADATA_PREFIX, Model, load_model
 from propolis.task import Examples, Task
 

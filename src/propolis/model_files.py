@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from propolis.secure.errors import UsageError
-from propolis.server.size import format_bytes
-
-if TYPE_CHECKING:
-    from propolis.server.registry_records import Version
+from propolis.size import format_bytes
 
 FLOAT32_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
 SEVEN_BITS = "propolis.seven-bits"  # of a file in int8: "true" or "false"
@@ -21,11 +18,6 @@ def require_exporter() -> None:
     """Raises UsageError unless what converts models is installed."""
     if missing := [package for package in _NEEDED if find_spec(package) is None]:
         raise UsageError(f"export needs {missing[0]}: pip install 'propolis[export]'")
-
-
-def is_converted(version: Version) -> bool:
-    """Whether a version has a model that can be served."""
-    return any(each.name == FLOAT32_FILE for each in version.artifacts)
 
 
 def has_seven_bits(data: bytes) -> bool | None:

@@ -14,8 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from harness import Blobs
-from propolis.secure.errors import PropolisError, UsageError
-from propolis.server.export import (
+from propolis.export import (
     Origin,
     digest_of,
     evaluate_onnx,
@@ -25,6 +24,7 @@ from propolis.server.export import (
     require_same_outputs,
     spread_inputs,
 )
+from propolis.secure.errors import PropolisError, UsageError
 from propolis.serving.model import load_model, require_self_contained
 from propolis.simulations.tasks.digits import Digits
 from propolis.task import Examples, Task

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from propolis.server.export import (
+from propolis.export import (
     INPUT,
     Origin,
     evaluate_onnx,
@@ -16,7 +16,7 @@ from propolis.server.export import (
     quantize_int8,
     spread_inputs,
 )
-from propolis.server.model_files import FLOAT32_FILE, INT8_FILE
+from propolis.model_files import FLOAT32_FILE, INT8_FILE
 from propolis.serving.golden import Golden
 from propolis.serving.model import load_model
 from propolis.task import DataSet, Task

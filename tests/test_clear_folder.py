@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnx_models import proto_of, value
 
+from propolis import clear_folder as module
+from propolis.clear_folder import clear_folder, temporary_files_in
 from propolis.secure.errors import UsageError
-from propolis.server import clear_folder as module
-from propolis.server.clear_folder import clear_folder, temporary_files_in
 
 WEIGHTS = np.random.default_rng(7).normal(size=(32, 32)).astype(np.float32)
 LONG_RUN = WEIGHTS.tobytes()[1024:1536]
@@ -25,7 +25,7 @@ import os, signal, sys
 from pathlib import Path
 import onnxruntime.quantization as library
 import torch
-from propolis.server import clear_folder, export
+from propolis import clear_folder, export
 clear_folder.IN_MEMORY = Path(sys.argv[2])
 done = library.quantize_static
 def then_die(*arguments, **options):
