@@ -39,11 +39,12 @@ def convert_version(
         golden: what the golden batch is made of.
 
     Raises:
-        UsageError: it must be said what the golden batch is made of and is not, or the file with its inputs is not
-            usable; the task is not known or not the model's, or the model cannot be converted.
+        UsageError: it is encrypted; it must be said what the golden batch is made of and is not, or the file with its
+            inputs is not usable; the task is not known or not the model's, or the model cannot be converted.
         PropolisError: the file computes something else than torch does.
         StorageError: the files could not be stored.
     """
+    version.require_readable("to convert it")
     registry.require_authentic(version)
     reference = task or task_of(version)
     require_golden_choice(golden, reference, data)

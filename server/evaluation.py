@@ -27,8 +27,10 @@ def evaluate_version(
         device: that evaluates.
 
     Raises:
-        UsageError: the task or the data is not usable, or the model is not the task's; nothing has been kept.
+        UsageError: it is encrypted, the task or the data is not usable, or the model is not the task's; nothing has
+            been kept.
     """
+    version.require_readable("to evaluate it")
     made = load_task(task, data)
     test, on = check_task(made).test, choose_device(device)
     model = made.model()

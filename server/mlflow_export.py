@@ -35,9 +35,11 @@ def export_to_mlflow(registry: Registry, model: str, uri: str, artifacts: str | 
         MLflow's number of each version.
 
     Raises:
-        UsageError: MLflow is not installed, there is no such model, or MLflow refuses.
+        UsageError: MLflow is not installed, a version is encrypted, there is no such model, or MLflow refuses.
     """
     versions = registry.versions(model)
+    for version in versions:
+        version.require_readable("for MLflow, where models are in clear")
     client = _client(uri)
     with _reporting(uri):
         experiment = client.get_experiment_by_name(model)

@@ -67,7 +67,9 @@ def show(
 
 @models_app.command("register")
 def register(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A safetensors file, or the folder of a complete run.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Safetensors, model.encrypted, or the folder of a complete run.")
+    ],
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="The model that it is a version of.")],
     parent: Annotated[int | None, typer.Option("--parent", help="The version that it was made from.", min=1)] = None,
     registry: RegistryFlag = None,
@@ -179,7 +181,10 @@ def export(
     registry: RegistryFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a version to a file of safetensors, or one of its artifacts, in clear."""
+    """Write a version to a file of safetensors, or one of its artifacts, in clear.
+
+    One that is encrypted stays encrypted.
+    """
     if out.exists() and not force:
         raise UsageError(f"{out} is there already: name another file, or give --force")
     opened = open_named(registry)

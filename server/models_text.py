@@ -10,7 +10,7 @@ from typing import Any
 from propolis.server.registry_records import Version
 from propolis.size import format_bytes
 
-_HEAD = ("model", "version", "created", "size", "round", "accuracy", "loss", "aliases")
+_HEAD = ("model", "version", "created", "size", "format", "round", "accuracy", "loss", "aliases")
 
 
 def as_dict(version: Version) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def sheet_of(version: Version) -> str:
         "created": _time(version.created_at),
         "sha256": version.digest,
         "size": format_bytes(version.size),
+        "format": version.format,
         "aliases": ", ".join(version.aliases),
         "tags": ", ".join(f"{key}={value}" for key, value in version.tags.items()),
         "parent": lineage.parent,
@@ -77,6 +78,7 @@ def _cells(version: Version) -> tuple[str, ...]:
         str(version.version),
         _time(version.created_at),
         format_bytes(version.size),
+        version.format.value,
         "-" if lineage.round is None else str(lineage.round),
         _figure(lineage.metrics.get("accuracy")),
         _figure(lineage.metrics.get("loss")),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from propolis.secure.errors import UsageError
 from propolis.server.opening import open_or_make, open_registry
 from propolis.server.registry_records import Lineage, Version, finite, require_name
-from propolis.server.report import CONFIG, MODEL, RESULT
+from propolis.server.report import CONFIG, ENCRYPTED_MODEL, MODEL, RESULT
 from propolis.settings import load_settings
 from propolis.storage import write_once
 
@@ -78,7 +78,7 @@ class Registration:
 def register_run(
     registry: Registry, model: str, out: Path, federation: bytes | None = None, parent: int | None = None
 ) -> Version:
-    """Register the model of a complete run; again, it is the version that it was.
+    """Register the model of a complete run, encrypted where that is what it left; again, it is the version that it was.
 
     Args:
         registry: where to.
@@ -94,19 +94,20 @@ def register_run(
     result = _result_of(out)
     identity = _identity_of(out, federation)
     last = result["history"][-1]
+    settings = load_settings(out / CONFIG)
     figures = {"accuracy": last["accuracy"], "loss": last["loss"], **last["metrics"]}
     lineage = Lineage(
         federation=identity["federation"],
         run_id=identity["run_id"],
         round=last["round"],
         parent=parent,
-        configuration=load_settings(out / CONFIG).model_dump(exclude_none=True),
+        configuration=settings.model_dump(exclude_none=True),
         metrics=finite({name: value for name, value in figures.items() if value is not None}),
         uplink_bytes=result["uplink_bytes"],
         downlink_bytes=result["downlink_bytes"],
         survivors=last["survivors"],
     )
-    return registry.register(model, out / MODEL, lineage)
+    return registry.register(model, out / (ENCRYPTED_MODEL if settings.is_encrypted else MODEL), lineage)
 
 
 def _result_of(out: Path) -> Mapping[str, Any]:

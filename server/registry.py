@@ -22,6 +22,7 @@ from propolis.server.registry_history import Aliases, add_version, records_of, r
 from propolis.server.registry_key import load_key
 from propolis.server.registry_making import make_registry
 from propolis.server.registry_records import (
+    Format,
     Lineage,
     Version,
     finite,
@@ -32,7 +33,7 @@ from propolis.server.registry_records import (
 )
 from propolis.server.registry_releases import Demand, NewRelease, add_release, content_key_of, take_sequence
 from propolis.server.registry_tables import evaluations, tags, versions
-from propolis.server.vault import Vault, digest_of, require_safetensors
+from propolis.server.vault import Vault, digest_of, format_of
 from propolis.storage import remove_stale, write_atomically
 
 BLOBS_FOLDER = "blobs"
@@ -85,21 +86,22 @@ class Registry:
 
         Args:
             model: its name.
-            file: of safetensors.
+            file: of safetensors, or an encrypted model.
             lineage: where it comes from.
 
         Raises:
-            UsageError: the name or the lineage's parent is wrong, or the file is not of safetensors.
+            UsageError: the name or the lineage's parent is wrong, or the file is none of these.
             StorageError: it could not be stored; nothing has been registered.
         """
         require_name(model)
         lineage = lineage or Lineage()
-        require_safetensors(file)
+        form = format_of(file)
         digest, size = digest_of(file)
 
         def add(connection: Connection) -> Version:
             number = registered_before(connection, model, digest, lineage)
-            return self._version(connection, model, number or self._add(connection, model, digest, size, lineage))
+            number = number or self._add(connection, model, digest, size, lineage, form)
+            return self._version(connection, model, number)
 
         return self._files.commit([(file, digest)], add)
 
@@ -300,11 +302,11 @@ class Registry:
         row = self._row(connection, model, wanted)
         return records_of(connection, versions.c.id == row.id)[0]
 
-    def _add(self, connection: Connection, model: str, digest: bytes, size: int, lineage: Lineage) -> int:
+    def _add(self, connection: Connection, model: str, digest: bytes, size: int, lineage: Lineage, form: Format) -> int:
         """The commit point of a registration."""
         if lineage.parent is not None:
             self._row(connection, model, lineage.parent)
-        return add_version(connection, self._key, model, digest, size, lineage)
+        return add_version(connection, self._key, model, digest, size, lineage, form)
 
 
 def _add_evaluation(

@@ -16,6 +16,7 @@ from propolis.server.registry_authentic import code_of_version
 from propolis.server.registry_records import (
     Artifact,
     Evaluation,
+    Format,
     Lineage,
     Released,
     Version,
@@ -97,7 +98,7 @@ def registered_before(connection: Connection, model: str, digest: bytes, lineage
 
 
 def add_version(
-    connection: Connection, key: RegistryKey, model: str, digest: bytes, size: int, lineage: Lineage
+    connection: Connection, key: RegistryKey, model: str, digest: bytes, size: int, lineage: Lineage, form: Format
 ) -> int:
     """Add the row of a model's next version, and return its number."""
     last = connection.scalar(select(func.max(versions.c.version)).where(versions.c.model == model)) or 0
@@ -109,7 +110,8 @@ def add_version(
         "blob": key.name_of(digest),
         "size": size,
         "created_at": time.time(),
-        "code": code_of_version(key, model, last + 1, digest.hex(), size, lineage),
+        "code": code_of_version(key, model, last + 1, digest.hex(), size, lineage, form),
+        "format": form.value,
         **asdict(lineage),
     }
     connection.execute(versions.insert().values(row))
@@ -200,7 +202,16 @@ def _released(connection: Connection, ids: Select[Any]) -> dict[int, list[Releas
 def _of_row(row: Row[Any]) -> dict[str, Any]:
     """What a version's own row says of it."""
     said = {name: getattr(row, name) for name in ("model", "version", "digest", "size", "created_at")}
-    return {**said, "lineage": lineage_of(row), "code": row.code or ""}
+    return {**said, "lineage": lineage_of(row), "code": row.code or "", "format": _format_of(row)}
+
+
+def _format_of(row: Row[Any]) -> Format:
+    """Of a version's file; raises UsageError where it is none that is known, as when somebody changed the row."""
+    try:
+        return Format(row.format or Format.SAFETENSORS)
+    except ValueError:
+        known = ", ".join(Format)
+        raise UsageError(f"{row.model} {row.version} has a format that is none of {known}: {row.format!r}") from None
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select, text
 from propolis.server.at_rest import RegistryKey
 from propolis.server.registry_authentic import code_of_version
 from propolis.server.registry_history import lineage_of
+from propolis.server.registry_records import Format
 from propolis.server.registry_tables import SCHEMA, registries, versions
 
 _SERIAL = {"sqlite": "INTEGER NOT NULL PRIMARY KEY", "postgresql": "SERIAL NOT NULL PRIMARY KEY"}
@@ -61,6 +62,7 @@ STEPS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE propolis_version ADD COLUMN code VARCHAR(64)",
         "ALTER TABLE propolis_evaluation ADD COLUMN artifact VARCHAR(100)",
     ),
+    2: ("ALTER TABLE propolis_version ADD COLUMN format VARCHAR(16)",),
 }
 
 
@@ -72,18 +74,18 @@ def schema_of(connection: Connection) -> int | None:
 
 def migrate(connection: Connection, key: RegistryKey) -> None:
     """Lead the tables to `SCHEMA`, where there is a way; the transaction is a writer's, and the key the registry's."""
-    schema = schema_of(connection)
+    schema = before = schema_of(connection)
     while schema is not None and schema in STEPS and schema < SCHEMA:
         for statement in STEPS[schema]:
             connection.execute(text(statement.format(serial=_SERIAL[connection.dialect.name])))
-        if schema == 1:
-            _authenticate(connection, key)
         schema += 1
         connection.execute(registries.update().values(schema_version=schema))
+    if before == 1:
+        _authenticate(connection, key)
 
 
 def _authenticate(connection: Connection, key: RegistryKey) -> None:
     """Take what is said of the versions for true, from now on."""
     for row in connection.execute(select(versions)).all():
-        code = code_of_version(key, row.model, row.version, row.digest, row.size, lineage_of(row))
+        code = code_of_version(key, row.model, row.version, row.digest, row.size, lineage_of(row), Format.SAFETENSORS)
         connection.execute(versions.update().where(versions.c.id == row.id).values(code=code))

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from propolis.model_files import FLOAT32_FILE
@@ -13,6 +14,13 @@ from propolis.secure.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LONGEST_VALUE, _LONGEST_DATA_NAME = 1000, 200
+
+
+class Format(StrEnum):
+    """What a version's own file is."""
+
+    SAFETENSORS = "safetensors"
+    ENCRYPTED = "encrypted"  # under a key of homomorphic encryption, which devices have and no server has
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +124,7 @@ class Version:
         artifacts: in the order that they were attached in.
         releases: the oldest first.
         code: that says who wrote what never changes, see `code_of_version`.
+        format: of its file.
     """
 
     model: str
@@ -130,9 +139,23 @@ class Version:
     artifacts: tuple[Artifact, ...]
     releases: tuple[Released, ...]
     code: str
+    format: Format = Format.SAFETENSORS
 
     def __str__(self) -> str:
         return f"{self.model} {self.version}"
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether only devices can read its weights."""
+        return self.format is Format.ENCRYPTED
+
+    def require_readable(self, what: str) -> None:
+        """Raises UsageError where it is encrypted, which keeps `what` from being done, such as "to convert it"."""
+        if self.is_encrypted:
+            raise UsageError(
+                f"{self} is encrypted, and nothing here can read it {what}: a device that has the key can, with "
+                "propolis client open"
+            )
 
     @property
     def is_converted(self) -> bool:

@@ -17,7 +17,7 @@ from sqlalchemy import (
 )
 
 # Of these tables: a change of them is a new number, and brings the statements that lead to it (`registry_migrations`).
-SCHEMA = 2
+SCHEMA = 3
 
 metadata = MetaData()
 
@@ -51,6 +51,7 @@ versions = Table(
     Column("downlink_bytes", BigInteger),
     Column("survivors", Integer),
     Column("code", String(64)),  # `code_of_version`; one without is refused
+    Column("format", String(16)),  # a value of `Format`; nothing is safetensors
     UniqueConstraint("model", "version"),
 )
 

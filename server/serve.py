@@ -108,6 +108,10 @@ class RegistryModels:
 
     def _load(self, version: Version) -> Model:
         """The first of its files that computes what it must; raises _UnusableError."""
+        try:
+            version.require_readable("to serve it")
+        except UsageError as error:
+            raise _UnusableError(str(error)) from None
         attached = {each.name for each in version.artifacts}
         files = [file for file in (INT8_FILE, FLOAT32_FILE) if file in attached]
         if not files:

@@ -11,8 +11,10 @@ from typing import IO
 from safetensors import SafetensorError, safe_open
 
 from propolis.secure.errors import UsageError
+from propolis.secure.he.messages import is_encrypted_model
 from propolis.server.at_rest import CHUNK_BYTES, RegistryKey, opened, sealed
 from propolis.server.blobs import Blobs
+from propolis.server.registry_records import Format
 
 
 class Vault:
@@ -95,14 +97,20 @@ def digest_of(file: Path | bytes) -> tuple[bytes, int]:
     return hashed.digest(), size
 
 
-def require_safetensors(file: Path) -> None:
-    """Raises UsageError unless the file is a whole one of safetensors: other formats run code when they are loaded."""
+def format_of(file: Path) -> Format:
+    """What a model's file is: a whole one of safetensors, as other formats run code when they are loaded, or encrypted.
+
+    Raises:
+        UsageError: it is neither, or cannot be read.
+    """
     _opened(file).close()
     try:
         with safe_open(file, framework="numpy"):
-            pass
+            return Format.SAFETENSORS
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} is no file of safetensors: {error}") from None
+        if is_encrypted_model(file.read_bytes()):
+            return Format.ENCRYPTED
+        raise UsageError(f"{file} is no file of safetensors, and no encrypted model: {error}") from None
 
 
 def _opened(file: Path | bytes) -> IO[bytes]:

@@ -14,7 +14,7 @@ import torch
 from flwr.serverapp import Grid
 
 from propolis.flower import quiet_flower
-from propolis.secure.errors import PropolisError, UsageError
+from propolis.secure.errors import PropolisError
 from propolis.server.app import Members, Observer
 from propolis.server.job import CHECKPOINT, Job, Rounds, RunOptions, require_feasible, run_job
 from propolis.settings import Settings
@@ -57,8 +57,6 @@ def simulate(settings: Settings, options: RunOptions) -> dict[str, Any]:
     if settings.backend == "ray":
         require_ray(settings)
     task, data = load_data(settings.task, settings.data)
-    if settings.is_encrypted and options.registration is not None:
-        raise UsageError("registry: the model of a run under he is encrypted, and a registry takes what it can read")
     largest = largest_device(settings, data, settings.clients)
     if settings.is_protected:
         require_feasible(settings, task, settings.clients, largest)

@@ -152,6 +152,14 @@ class EncryptedSum:
         return decode(cls, data, pb.EncryptedSum, _LARGEST_SUM)
 
 
+def is_encrypted_model(data: bytes) -> bool:
+    """Whether a file says to be an encrypted model, and not the metrics of an evaluation; who has the key finds out."""
+    try:
+        return EncryptedPlan.from_bytes(EncryptedSum.from_bytes(data).plan).kind == Kind.TRAIN
+    except PeerError:
+        return False
+
+
 def pieces(ciphertexts: bytes, size: int) -> Iterator[bytes]:
     """The ciphertexts, each of so many bytes with its tag; the last one is shorter where the bytes do not divide."""
     return (ciphertexts[start : start + size] for start in range(0, len(ciphertexts), size))

@@ -368,13 +368,13 @@ def test_what_is_no_model_is_refused(location: str, tmp_path: Path) -> None:
         registry.version("digits", 1)
 
 
-@pytest.mark.parametrize(("schema", "age"), [(0, "an older"), (3, "a newer")])
+@pytest.mark.parametrize(("schema", "age"), [(0, "an older"), (4, "a newer")])
 def test_the_schema_of_another_version_is_said(location: str, schema: int, age: str) -> None:
     url = location.replace("postgresql://", "postgresql+psycopg://") if "://" in location else None
     with create_engine(url or f"sqlite:///{location}/registry.db").begin() as connection:
         connection.execute(text("UPDATE propolis_registry SET schema_version = :schema"), {"schema": schema})
     with pytest.raises(
-        UsageError, match=f"has schema {schema}, this version of Propolis reads 2: it was made by {age} one"
+        UsageError, match=f"has schema {schema}, this version of Propolis reads 3: it was made by {age} one"
     ):
         Registry(location)
 

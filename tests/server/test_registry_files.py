@@ -176,8 +176,15 @@ def test_a_content_key_is_encrypted_and_bound_to_its_release(location: str, tmp_
     assert registry.content_key(b"m" * 32) == CONTENT_KEY
 
 
+def set_back_to_schema_2(registry: Registry) -> None:
+    with registry._database.writing() as connection:
+        connection.execute(text("ALTER TABLE propolis_version DROP COLUMN format"))
+        connection.execute(text("UPDATE propolis_registry SET schema_version = 2"))
+
+
 def of_schema_1(location: str, folder: Path) -> Registry:
     registry, _ = registered(location, folder)
+    set_back_to_schema_2(registry)
     with registry._database.writing() as connection:
         for table in NEW_TABLES:
             connection.execute(text(f"DROP TABLE {table}"))
@@ -215,6 +222,16 @@ def test_a_registry_of_schema_1_becomes_one_of_today(location: str, tmp_path: Pa
     version = opened.attach_all(opened.version("digits", 1), FILES)
     assert Registry(location).version("digits", 1) == version
     assert opened.next_sequence("digits") == (1, 0)
+
+
+def test_what_a_registry_of_schema_2_says_of_its_versions_holds_in_one_of_today(location: str, tmp_path: Path) -> None:
+    registry, _ = registered(location, tmp_path)
+    today, version = tables_of(registry), registry.version("digits", 1)
+    set_back_to_schema_2(registry)
+    opened = Registry(location)
+    assert tables_of(opened) == today
+    opened.verify(opened.version("digits", 1))
+    assert opened.version("digits", 1) == version
 
 
 def test_another_key_changes_nothing_of_an_old_registry(

@@ -315,13 +315,6 @@ def test_a_mistake_in_the_flags_is_one_line(mistake: Any) -> None:
     assert "use fedavg or fedprox" in mistake("simulate", "--protection", "he", "--strategy", "fedadam")
 
 
-def test_an_encrypted_model_cannot_be_registered_or_delivered(tmp_path: Path, mistake: Any) -> None:
-    why = mistake("simulate", "--protection", "he", "--registry", tmp_path / "r")
-    assert "a registry takes what it can read" in why
-    assert not (tmp_path / "r").exists()
-    assert not (tmp_path / "runs").exists()
-
-
 def test_real_devices_are_not_trained_encrypted_yet(tmp_path: Path, mistake: Any) -> None:
     assert "protection he is for simulated devices" in mistake("server", "--protection", "he")
 
