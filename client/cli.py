@@ -13,10 +13,12 @@ import typer
 from propolis.client.config import ClientConfig
 from propolis.client.he_cli import he_key_command
 from propolis.client.models_cli import install_command, installed_command, serve_command
+from propolis.client.open_cli import open_command
 from propolis.secure.errors import UsageError
 
 client_app = typer.Typer(help="A device of a federation.", no_args_is_help=True)
 client_app.command("he-key")(he_key_command)
+client_app.command("open")(open_command)
 client_app.command("install")(install_command)
 client_app.command("installed")(installed_command)
 client_app.command("serve")(serve_command)
@@ -159,6 +161,8 @@ def fetch_command(
     largest_model: Annotated[int | None, _flag("largest_model")] = None,
     download_rate: Annotated[int | None, _flag("download_rate")] = None,
     store_plain: Annotated[bool | None, _switch("store_plain")] = None,
+    task: Annotated[str | None, _flag("task")] = None,
+    data: Annotated[str | None, _flag("data")] = None,
     passphrase_file: Annotated[
         Path | None, typer.Option("--passphrase-file", help="File with the passphrase of the device's keys.")
     ] = None,
@@ -172,6 +176,8 @@ def fetch_command(
         "largest_model": largest_model,
         "download_rate": download_rate,
         "store_plain": store_plain,
+        "task": task,
+        "data": data,
     }
     told = load_client_config(folder, config, flags, "")
 

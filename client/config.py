@@ -26,7 +26,10 @@ class ClientConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     server: str | None = Field(None, description="HOST:PORT of the server; the one enrolled with by default.")
-    task: str | None = Field(None, description="Task of the ready app: built-in, or MODULE:CLASS installed here.")
+    task: str | None = Field(
+        None,
+        description="Task of the ready app and of encrypted models: built-in, or MODULE:CLASS installed here.",
+    )
     data: str | None = Field(None, description="The device's own data, which the task reads.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
     threads: int = Field(1, ge=0, le=1024, description="Threads that the ready app trains with; 0 leaves it to torch.")
@@ -62,6 +65,13 @@ def load_client_config(folder: Path, config: Path | None, flags: Mapping[str, An
     values = {**read_toml(enrolled), **(read_toml(config) if config else {})}
     node = {**values.pop("node", {}), **parse_pairs(node_config)}
     return build(ClientConfig, {**values, **given(flags), "node": node}, source=str(config or enrolled))
+
+
+def config_in(folder: Path, flags: Mapping[str, Any]) -> ClientConfig:
+    """`load_client_config` for what needs no server: also of a device that has no file, as in a simulation."""
+    if (folder / SETTINGS_FILE).is_file():
+        return load_client_config(folder, None, flags, "")
+    return build(ClientConfig, given(flags), source="flags")
 
 
 def parse_pairs(text: str) -> NodeConfig:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from propolis.client.hybrid import announcement_under
 from propolis.client.incoming import Incoming, begun, remove_others
 from propolis.client.install import LARGEST_MODEL, Installer, Status
 from propolis.client.keyholder import Keyholder
+from propolis.client.opening import Opening
 from propolis.client.probe import Probe
 from propolis.client.seal import Seal
 from propolis.client.slots import installed_releases
@@ -56,6 +57,7 @@ class Taking:
         rate: bytes per second at most; 0 is as fast as it comes.
         store_plain: leave the plain files on the disk too, for other programs.
         probe: tries a model before it is trusted.
+        opening: how a model is opened that was released encrypted.
     """
 
     server: str
@@ -63,6 +65,7 @@ class Taking:
     rate: float = 0
     store_plain: bool = False
     probe: Probe | None = None
+    opening: Opening = field(default_factory=Opening)
 
 
 class Deliveries:
@@ -221,14 +224,20 @@ class Deliveries:
     async def _install(self, fetcher: Fetcher, release: Release, tell: Callable[[Status], None]) -> Manifest:
         device = await asyncio.to_thread(Keyholder.under, self._folder, self._seal)
         taking = self._taking
-        installer = Installer(self._folder, device, taking.probe, largest=taking.largest, tell=tell)
+        exporter = taking.opening.exporter(self._folder, self._seal)
+        installer = Installer(self._folder, device, taking.probe, largest=taking.largest, tell=tell, exporter=exporter)
         opened = await fetcher.open(release)
         await self._require_acceptable(installer, opened.header, release)
         with await asyncio.to_thread(Incoming, self._folder, opened.header) as incoming:
             await fetcher.fetch(release, incoming)
         self._tried[release.manifest] += 1
         install = partial(installer.install, name=release.name, store_plain=taking.store_plain)
-        manifest = await _apart(partial(install, incoming.path, opened.key, time.time()))
+        try:
+            manifest = await _apart(partial(install, incoming.path, opened.key, time.time()))
+        except RefusedError as error:
+            if error.refusal is Refusal.HE_KEY:  # the key may come any time
+                self._tried[release.manifest] -= 1
+            raise
         with suppress(OSError):  # it is swept the next time
             await asyncio.to_thread(incoming.path.unlink)
         return manifest

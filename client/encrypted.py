@@ -48,6 +48,7 @@ class OpenedModel:
         weight: sum of their weights.
         devices: how many they are.
         saturated: values that were out of their range and were cut off, over all devices.
+        frozen: names of the arrays that come from the file in clear, and that nobody vouches for.
     """
 
     round: int
@@ -56,6 +57,7 @@ class OpenedModel:
     weight: float
     devices: int
     saturated: int
+    frozen: frozenset[str] = frozenset()
 
 
 def encrypt_update(
@@ -168,7 +170,8 @@ def open_model(store: DeviceStore, data: bytes) -> OpenedModel:
         except SafetensorError:
             raise PeerError(Refusal.MODEL, "what training left alone is no safetensors file") from None
     metrics, devices = dict(opened.metrics), len(total.devices)
-    return OpenedModel(plan.round, {**frozen, **opened.arrays}, metrics, opened.weight, devices, opened.saturated)
+    arrays, names = {**frozen, **opened.arrays}, frozenset(frozen) - opened.arrays.keys()
+    return OpenedModel(plan.round, arrays, metrics, opened.weight, devices, opened.saturated, names)
 
 
 def open_model_file(store: DeviceStore, path: Path) -> OpenedModel:

@@ -11,16 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from propolis.client.kept_export import open_export, seal_export
 from propolis.client.keyholder import Keyholder
+from propolis.client.opening import as_exported, encrypted_file, golden_file
 from propolis.client.probe import Probe, try_model
 from propolis.client.slots import Record, Slot, Slots, Trusted, record_of, records
 from propolis.link.delivery import Outcome, Release
 from propolis.package import Header, Package
 from propolis.secure.content import WrappedKey, open_files, require_chunk_digests, unwrap_key
-from propolis.secure.errors import PropolisError, Refusal, RefusedError, StorageError, TrustError, UsageError
+from propolis.secure.errors import PeerError, PropolisError, Refusal, RefusedError, StorageError, TrustError, UsageError
 from propolis.secure.manifest import Accepted, Expected, Manifest, accept, accept_again
 
 LARGEST_MODEL = 2**30
+# Makes the device's own files of a release whose model is encrypted: of its manifest, the model, the golden batch.
+Exporter = Callable[[Manifest, bytes, bytes], Mapping[str, bytes]]
 _log = logging.getLogger("propolis.client")
 
 
@@ -37,7 +41,7 @@ class Opened:
     """An installed model, in memory.
 
     Attributes:
-        manifest: what was released.
+        manifest: what was released; of a model that was released encrypted, with the device's own files in it.
         files: by name.
         fell_back: this is the one before, for the current one does not open or does not run.
     """
@@ -56,6 +60,7 @@ class Installer:
         probe: tries a model before it is trusted; None where nothing on this device can run it.
         largest: bytes of a model's plain files that this device takes at most.
         tell: hears of every step of an installation.
+        exporter: opens what was released encrypted; None refuses it. What is installed opens without.
     """
 
     def __init__(
@@ -66,8 +71,9 @@ class Installer:
         *,
         largest: int = LARGEST_MODEL,
         tell: Callable[[Status], None] = lambda _: None,
+        exporter: Exporter | None = None,
     ) -> None:
-        self._folder, self._device, self._probe = folder, device, probe
+        self._folder, self._device, self._probe, self._exporter = folder, device, probe, exporter
         self._largest, self._tell = largest, tell
 
     def require_acceptable(self, header: Header, now: float, release: Release) -> None:
@@ -119,10 +125,11 @@ class Installer:
                 slots = Slots(self._folder, accepted.manifest.name)
                 with slots.locked():
                     record = self._trust(package, slots, expected)
-                    files = self._open(package, key, accepted)
+                    files: Mapping[str, bytes] = self._open(package, key, accepted)
                     self._tell(Status(Outcome.VERIFIED))
-                    self._try(accepted.manifest, files)
-                    slot = self._keep(package, key, slots, record, accepted)
+                    manifest, files, export = self._exported(accepted, files)
+                    self._try(manifest, files)
+                    slot = self._keep(package, key, slots, record, accepted, export)
                     if store_plain:
                         slots.keep_plain(slot, files)
         except Exception as error:  # whoever waits for a word gets one, whatever it was
@@ -192,12 +199,33 @@ class Installer:
         content_key = unwrap_key(key, accepted, self._device.descriptor, private)
         return open_files(accepted.manifest, content_key, package.chunks())
 
+    def _exported(
+        self, accepted: Accepted, files: Mapping[str, bytes]
+    ) -> tuple[Manifest, Mapping[str, bytes], bytes | None]:
+        """A release as it is served here, and what is kept of it where its model came encrypted."""
+        manifest = accepted.manifest
+        name = encrypted_file(manifest)
+        if name is None:
+            return manifest, files, None
+        if self._exporter is None:
+            raise PeerError(Refusal.EXPORT, f"{manifest.name} is encrypted, and nothing here opens it")
+        own = self._exporter(manifest, files[name], golden_file(manifest, files))
+        return *as_exported(manifest, files, own), seal_export(self._device, accepted.digest, own)
+
     def _try(self, manifest: Manifest, files: Mapping[str, bytes]) -> None:
         if self._probe is not None:
             try_model(self._probe, manifest, files)
             self._tell(Status(Outcome.PROBE_PASSED))
 
-    def _keep(self, package: Package, key: WrappedKey, slots: Slots, record: Record, accepted: Accepted) -> Slot:
+    def _keep(
+        self,
+        package: Package,
+        key: WrappedKey,
+        slots: Slots,
+        record: Record,
+        accepted: Accepted,
+        export: bytes | None,
+    ) -> Slot:
         """The slot with the package: the current one where it is there and whole, else the other one."""
         current = record.current
         if current is not None and current.release == Trusted.of(accepted):
@@ -208,7 +236,7 @@ class Installer:
             else:
                 return current
         try:
-            return slots.fill(record, package, key, accepted).slots[0]
+            return slots.fill(record, package, key, accepted, export).slots[0]
         except StorageError as error:
             kept = slots.record() or record
             if kept.current is None:
@@ -221,7 +249,10 @@ class Installer:
             accepted = accept_again(package.release, self._device.trust)
             if Trusted.of(accepted) != slot.release:
                 raise TrustError(Refusal.PACKAGE, "it holds another package than was installed")
-            return accepted.manifest, self._open(package, key, accepted)
+            manifest, files = accepted.manifest, self._open(package, key, accepted)
+            if encrypted_file(manifest) is None:
+                return manifest, files
+            return as_exported(manifest, files, open_export(self._device, accepted.digest, slots.export_of(slot)))
 
     def _fall_back(self, slots: Slots, record: Record) -> None:
         """Forget the slot that cannot be used; where that cannot be written, it is found out again the next time."""

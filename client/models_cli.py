@@ -24,6 +24,13 @@ DirFlag = Annotated[Path, typer.Option("--dir", metavar="DIR", help="The device'
 PassphraseFlag = Annotated[
     Path | None, typer.Option("--passphrase-file", help="File with the passphrase of the device's keys.")
 ]
+TaskFlag = Annotated[
+    str | None,
+    typer.Option("--task", help="Of an encrypted model, the task that it solves: built-in, or MODULE:CLASS."),
+]
+DataFlag = Annotated[
+    str | None, typer.Option("--data", help="The device's own data, to try it on; the task's by default.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 _REFRESH_S = 2.0
 
@@ -37,20 +44,28 @@ def install_command(
         bool, typer.Option("--store-plain", help="Leave the files unencrypted on the disk, for other programs.")
     ] = False,
     largest: Annotated[int, typer.Option("--largest-model", help="Largest model to take, in MiB.", min=1)] = 1024,
+    task: TaskFlag = None,
+    data: DataFlag = None,
     passphrase_file: PassphraseFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Install a model from a file, as if it had come over the link."""
+    from propolis.client.config import config_in
     from propolis.client.infer import Choice, probe_of_this_device
     from propolis.client.install import Installer
     from propolis.client.keyholder import Keyholder
+    from propolis.client.opening import Opening
+    from propolis.client.seal import Seal
     from propolis.link.keys import passphrase_of
     from propolis.package import read_key
 
-    device = Keyholder.load(folder, passphrase_of(passphrase_file))
+    passphrase = passphrase_of(passphrase_file)
+    seal = None if passphrase is None else Seal(passphrase)
+    device = Keyholder.under(folder, seal)
     tried = list[Choice]()
     probe = probe_of_this_device(tell=tried.append)
-    installer = Installer(folder, device, probe, largest=largest * 2**20)
+    exporter = Opening.told(config_in(folder, {"task": task, "data": data})).exporter(folder, seal)
+    installer = Installer(folder, device, probe, largest=largest * 2**20, exporter=exporter)
     manifest = installer.install(package, read_key(key, device.index), time.time(), name=name, store_plain=store_plain)
     if as_json:
         trial = {"tried": tried[0].file, "difference": tried[0].difference} if tried else {"tried": None}

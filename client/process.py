@@ -17,6 +17,7 @@ from propolis.client.agent import Agent, AgentOptions
 from propolis.client.config import ClientConfig
 from propolis.client.deliveries import Deliveries, Taking
 from propolis.client.infer import probe_of_this_device
+from propolis.client.opening import Opening
 from propolis.client.runner import AppRunner, Worker
 from propolis.client.state import FOLDER_KEY
 from propolis.flower import quiet_flower
@@ -94,6 +95,7 @@ def _deliveries(folder: Path, config: ClientConfig, server: str, tls: Tls, passp
         config.download_rate * 2**10,
         config.store_plain,
         probe_of_this_device(),
+        Opening.told(config),
     )
     return Deliveries(folder, tls, taking, passphrase)
 

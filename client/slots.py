@@ -1,7 +1,8 @@
 """Where a device keeps the packages of one model: two slots, and a record of which of them is current.
 
 models/NAME/installed       the record, replaced atomically: the only thing that says what is installed
-models/NAME/slots/a, b      a package, the key to it, and, only if its owner asked for them, the plain files
+models/NAME/slots/a, b      a package, the key to it, of an encrypted model also what the device has exported, under a
+                            key of its own, and, only if its owner asked for them, the plain files
 
 A slot is made aside and moved into place as a whole, and never where the current one is. So at every instant the record
 names a slot that is whole.
@@ -20,6 +21,7 @@ from pathlib import Path
 from propolis.link.delivery import Release
 from propolis.package import Package, read_key, write_key
 from propolis.protos import model_pb2 as pb
+from propolis.records import open_file
 from propolis.secure.content import WrappedKey
 from propolis.secure.errors import RefusedError, StorageError, UsageError
 from propolis.secure.identity import DIGEST_BYTES
@@ -31,7 +33,7 @@ from propolis.storage import locked, sync_folder, write_atomically
 MODELS_FOLDER, RECORD_FILE = "models", "installed"
 SLOT_NAMES = ("a", "b")
 _LOCK_FILE, _SLOTS_FOLDER = "lock", "slots"
-_PACKAGE_FILE, _KEY_FILE, _PLAIN_FOLDER = "package", "key", "plain"
+_PACKAGE_FILE, _KEY_FILE, _EXPORT_FILE, _PLAIN_FOLDER = "package", "key", "export", "plain"
 _NEW = ".new-"
 _LARGEST_RECORD = 4096
 # Another process may be trying a model meanwhile.
@@ -140,8 +142,17 @@ class Slots:
             self.write_record(following)
         return following
 
-    def fill(self, record: Record, package: Package, key: WrappedKey, accepted: Accepted) -> Record:
+    def fill(
+        self, record: Record, package: Package, key: WrappedKey, accepted: Accepted, export: bytes | None = None
+    ) -> Record:
         """Put a package into the slot that is not current, and make it the current one.
+
+        Args:
+            record: what is installed.
+            package: the package.
+            key: to it.
+            accepted: what it says.
+            export: what the device has exported of it, as it keeps that; None where it serves the files as they came.
 
         Raises:
             StorageError: it could not be written; what was current is whole, and stays current.
@@ -153,6 +164,8 @@ class Slots:
         with self._new_folder(self._slots / filled.letter) as folder:
             write_atomically(folder / _PACKAGE_FILE, package.parts(), mode=0o600)
             write_key(folder / _KEY_FILE, key)
+            if export is not None:
+                write_atomically(folder / _EXPORT_FILE, export, mode=0o600)
         following = replace(record, slots=(filled, *before))
         self.write_record(following)
         return following
@@ -169,6 +182,11 @@ class Slots:
         folder = self._slots / slot.letter
         with Package.open(folder / _PACKAGE_FILE, follow=False) as package:
             yield package, read_key(folder / _KEY_FILE, index, follow=False)
+
+    def export_of(self, slot: Slot) -> bytes:
+        """What the device has exported of the package in a slot; raises UsageError when it cannot be read."""
+        with open_file(self._slots / slot.letter / _EXPORT_FILE, follow=False) as file:
+            return file.read()
 
     @contextmanager
     def _new_folder(self, place: Path) -> Iterator[Path]:

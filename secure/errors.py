@@ -68,6 +68,7 @@ class Refusal(IntEnum):
     PROBE = 25  # a model that does not run, or not as it should, on the golden batch
     HE_KEY = 26  # a key of homomorphic encryption that no delegated holder stands behind, or that is another one
     CIPHERTEXT = 27  # an encrypted sum that is not that of the devices it is said to be of
+    EXPORT = 28  # an encrypted model, on a device that was not told its task or lacks what opens and exports it
 
     @property
     def reason(self) -> str:

@@ -39,6 +39,7 @@ class Kind(IntEnum):
     ONNX = 2
     INT8 = 3  # ONNX with int8 weights
     GOLDEN = 4  # inputs, and the outputs that the model must have for them
+    ENCRYPTED = 5  # a global model under a key of homomorphic encryption, which each device exports itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +218,7 @@ def _require_newer(manifest: Manifest, release: Release, expected: Expected) -> 
 
 
 def _require_consistent(manifest: Manifest) -> None:
-    """Sizes that add up, names that lead nowhere else, and a parent that came before."""
+    """Sizes that add up, names that lead nowhere else, a parent that came before, and one model in one form."""
     if manifest.parent >= manifest.sequence:
         raise PeerError(Refusal.MALFORMED, f"{_of(manifest)} says to come after {manifest.parent}")
     sizes = sum(file.size for file in manifest.files)
@@ -229,6 +230,9 @@ def _require_consistent(manifest: Manifest) -> None:
     ((_, most),) = Counter(file.name.lower() for file in manifest.files).most_common(1)
     if most > 1:
         raise PeerError(Refusal.MALFORMED, f"two files of {_of(manifest)} have one name")
+    kinds = Counter(file.kind for file in manifest.files)
+    if kinds[Kind.ENCRYPTED] and kinds[Kind.ENCRYPTED] + kinds[Kind.ONNX] + kinds[Kind.INT8] > 1:
+        raise PeerError(Refusal.MALFORMED, f"{_of(manifest)} has an encrypted model and another one")
 
 
 def _of(manifest: Manifest) -> str:

@@ -110,12 +110,30 @@ def convert_command(
 
 
 def converted(registry: Registry, version: Version, how: Conversion) -> Version:
-    """The version with its files, which are made where it has none."""
+    """The version with what is released of it, which is made where it has none."""
+    if version.is_encrypted:
+        return _with_inputs(registry, version, how)
     if version.is_converted:
         _require_same(registry, version, how)
         return version
     made, said = _convert(registry, version, how)
     typer.echo(said, err=True)
+    return made
+
+
+def _with_inputs(registry: Registry, version: Version, how: Conversion) -> Version:
+    """An encrypted version with the inputs of a golden batch, where some are asked for: devices find the outputs."""
+    if how.int8:
+        raise UsageError(f"{version} is encrypted: devices export it, in float32 (propolis client open makes int8)")
+    if _golden_inputs(registry, version) is not None or how.no_golden or not how.is_of_golden:
+        if how.is_of_golden:
+            _require_same_golden(_golden_inputs(registry, version), version, how)
+        return version
+
+    from propolis.server.convert_version import attach_inputs
+
+    made = attach_inputs(registry, version, how.task, how.data, how.golden_choice)
+    _say_who_reads(registry, made, how)
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from propolis.convert import Converted, Quantization, convert
-from propolis.export import Origin
+from propolis.export import INPUT, Origin
 from propolis.model_files import FLOAT32_FILE, INT8_FILE
 from propolis.secure.errors import UsageError
 from propolis.secure.manifest import Kind
@@ -14,7 +14,7 @@ from propolis.server.golden_inputs import GoldenChoice, GoldenFrom, golden_input
 from propolis.server.registry import Registry
 from propolis.server.registry_files import NewArtifact
 from propolis.server.registry_records import Version
-from propolis.serving.golden import GOLDEN_FILE
+from propolis.serving.golden import GOLDEN_FILE, Golden
 from propolis.task import BUILT_IN, check_task, load_task
 
 _KINDS = {FLOAT32_FILE: Kind.ONNX, INT8_FILE: Kind.INT8, GOLDEN_FILE: Kind.GOLDEN}
@@ -58,6 +58,29 @@ def convert_version(
         files[GOLDEN_FILE] = converted.golden(inputs).to_bytes()
     new = [NewArtifact(name, _KINDS[name], content) for name, content in files.items()]
     return registry.attach_all(version, new, converted.metrics, data_name(reference, data)), converted
+
+
+def attach_inputs(
+    registry: Registry, version: Version, task: str | None, data: Path | None, golden: GoldenChoice
+) -> Version:
+    """Attach a golden batch without outputs to a version whose model only devices can run.
+
+    Args:
+        registry: that the version is in.
+        version: encrypted, without a golden batch.
+        task: see `convert_version`.
+        data: see `convert_version`.
+        golden: where the inputs are.
+
+    Raises:
+        UsageError: the task is not known, or there are no such inputs.
+        StorageError: they could not be stored.
+    """
+    registry.require_authentic(version)
+    inputs = golden_inputs(golden, check_task(load_task(task or task_of(version), data)))
+    if inputs is None:
+        return version
+    return registry.attach(version, GOLDEN_FILE, Kind.GOLDEN, Golden({INPUT: inputs}, {}).to_bytes())
 
 
 def task_of(version: Version) -> str:

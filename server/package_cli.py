@@ -45,6 +45,10 @@ def seal(
     onnx: Annotated[list[Path] | None, _files("--onnx", "A model in ONNX")] = None,
     int8: Annotated[list[Path] | None, _files("--int8", "A model in ONNX with int8 weights")] = None,
     golden: Annotated[list[Path] | None, _files("--golden", "Inputs and the outputs they must give")] = None,
+    encrypted: Annotated[
+        Path | None,
+        typer.Option("--encrypted", metavar="FILE", help="A model that was trained encrypted; devices export it."),
+    ] = None,
     other: Annotated[list[Path] | None, _files("--file", "Anything else that belongs to the model")] = None,
     valid_days: Annotated[
         int, typer.Option("--valid-days", help="Days that it may be installed.", min=1, max=3650)
@@ -80,7 +84,8 @@ def seal(
     from propolis.server.publish import Facts, recipients_of, seal_package
     from propolis.server.release_key import load_release_key
 
-    given = {Kind.ONNX: onnx, Kind.INT8: int8, Kind.GOLDEN: golden, Kind.OTHER: other}
+    under_key = None if encrypted is None else [_require_encrypted(encrypted)]
+    given = {Kind.ENCRYPTED: under_key, Kind.ONNX: onnx, Kind.INT8: int8, Kind.GOLDEN: golden, Kind.OTHER: other}
     files = [PlainFile(path, kind) for kind, paths in given.items() for path in paths or ()]
     now = int(time.time())
     facts = Facts(
@@ -112,6 +117,18 @@ def seal(
     typer.echo(f"release {sequence} of {name} for {len(able)} devices: {out} and {out}.keys")
     if left_out:
         typer.echo(left_out_in_words(left_out))
+
+
+def _require_encrypted(path: Path) -> Path:
+    """The path again; raises UsageError unless it holds an encrypted model, as far as one sees without the key."""
+    from propolis.secure.he.messages import is_encrypted_model
+
+    try:
+        if is_encrypted_model(path.read_bytes()):
+            return path
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    raise UsageError(f"{path} is no encrypted model: --encrypted takes a run's model.encrypted")
 
 
 @package_app.command("verify")

@@ -32,6 +32,7 @@ from propolis.storage import locked, sync_folder
 DAY_S = 24 * 3600
 # Of outputs on the golden batch: float32 agrees much closer on all processors, int8 is held to the same.
 LARGEST_DIFFERENCE = 1e-3
+ENCRYPTED_FILE = "model.encrypted"
 _LARGEST_MEASURE = 1e300
 _LOCK = ".lock"
 
@@ -98,11 +99,11 @@ def release_version(
     wanted: int | str | None = None,
     demand: Demand | None = None,
 ) -> Manifest:
-    """Seal a version's artifacts as its model's next release, note it, and write the package.
+    """Seal a version's artifacts, or its encrypted model, as its model's next release, note it, and write the package.
 
     Args:
         registry: that the version is in.
-        version: with artifacts.
+        version: with artifacts, unless it is encrypted.
         publisher: who releases.
         terms: of the release.
         out: a file that does not exist yet; the keys go beside it.
@@ -116,8 +117,7 @@ def release_version(
         UsageError: `out` is taken, the alias has moved, or devices would refuse the package.
         StorageError: something could not be written.
     """
-    files = [PlainData(each.name, Kind[each.kind.upper()], registry.artifact(version, each.name)) for each in
-             version.artifacts]  # fmt: skip
+    files = _files_of(registry, version)
     with _beside(out) as sealing:
         asked = (version.version if wanted is None else wanted, version.version)
         sequence, parent = registry.next_sequence(version.model, demand, asked)
@@ -135,6 +135,17 @@ def release_version(
         registry.add_release(version, NewRelease(sequence, *told))
         _move(sealing, out)
     return sealed.manifest
+
+
+def _files_of(registry: Registry, version: Version) -> list[PlainData]:
+    """What is in a release of a version."""
+    files = [
+        PlainData(each.name, Kind[each.kind.upper()], registry.artifact(version, each.name))
+        for each in version.artifacts
+    ]
+    if version.is_encrypted:
+        files.insert(0, PlainData(ENCRYPTED_FILE, Kind.ENCRYPTED, b"".join(registry.read(version))))
+    return files
 
 
 @contextmanager

@@ -6,6 +6,8 @@ Every device has a folder, keys and a certificate of its own, and does what ``pr
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from tempfile import TemporaryDirectory
 from propolis.client.deliveries import Deliveries, Taking
 from propolis.client.infer import open_installed, probe_of_this_device
 from propolis.client.keyholder import Keyholder
+from propolis.client.opening import Files, Opening, Work
+from propolis.client.own_export import files_of
 from propolis.export import evaluate_model
 from propolis.link.certificates import load_tls
 from propolis.link.spool import Spools
@@ -36,11 +40,12 @@ from propolis.server.release_key import ReleaseKey
 from propolis.server.reports import Reports
 from propolis.server.rollout import start_rollout
 from propolis.server.shelf import Shelf
-from propolis.simulations.federation import device_folder, make_federation
+from propolis.simulations.federation import SIMULATED, Federation, device_folder, make_federation
 from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
-from propolis.task import BUILT_IN, check_task, load_task
+from propolis.task import BUILT_IN, Examples, Task, check_task, load_task
 
 _DAY_S = 24 * 3600
+_SERIAL = 2  # 1 is the key holder's of homomorphic encryption
 _LARGEST_MESSAGE = 2**20
 
 
@@ -65,7 +70,35 @@ class Delivered:
     device_metrics: dict[str, float]
 
 
-def deliver(registry: Registry, version: Version, task: str, data: str | None, devices: int) -> Delivered:
+class SharedExport:
+    """Makes the files of an encrypted release; simulated devices are one machine, and what opened alike they share.
+
+    Args:
+        task: that the model solves.
+        examples: real ones.
+    """
+
+    def __init__(self, task: Task, examples: Examples) -> None:
+        self._task, self._examples = task, examples
+        self._lock, self._made = threading.Lock(), dict[bytes, Files]()
+
+    def __call__(self, work: Work) -> Files:
+        """The files; raises as `files_of`."""
+        with self._lock:  # torch exports one model at a time
+            what = hashlib.sha256(work.words.encode() + work.to_bytes()).digest()
+            if what not in self._made:
+                self._made[what] = files_of(self._task, self._examples, work)
+            return self._made[what]
+
+
+def deliver(
+    registry: Registry,
+    version: Version,
+    task: str,
+    data: str | None,
+    devices: int,
+    federation: Federation | None = None,
+) -> Delivered:
     """Release a version and deliver it to so many simulated devices.
 
     Args:
@@ -74,40 +107,43 @@ def deliver(registry: Registry, version: Version, task: str, data: str | None, d
         task: reference of the one that it solves.
         data: folder with the task's data, where it reads one.
         devices: how many.
+        federation: whose devices they are, where these have what opens an encrypted version; None makes one.
 
     Raises:
         UsageError: the model cannot be converted, or what that needs is not installed.
         PropolisError: not every device has installed it.
     """
-    if not version.artifacts:
+    if not version.is_encrypted and not version.is_converted:
         # A simulation's devices are one machine, but the version stays: nobody was asked for real data's inputs.
         golden = GoldenFrom.NOWHERE if data and task not in BUILT_IN else GoldenFrom.DEFAULT
         version, _ = convert_version(registry, version, task, Path(data) if data else None, golden=golden)
     with TemporaryDirectory(prefix="propolis-") as name:
         folder, package = Path(name), Path(name) / "package"
         server = folder / SERVER_FOLDER
-        manifest = release_version(registry, version, _publisher(folder, devices, version.model), Terms(), package)
+        publisher = _publisher(folder, federation or make_federation(devices), version.model)
+        manifest = release_version(registry, version, publisher, Terms(), package)
+        loaded = load_task(task, data)
+        test = check_task(loaded).test
         start_rollout(server, package, 100)
+        opening = Opening(task, None, SIMULATED, SharedExport(loaded, test))
         began = time.monotonic()
         with _served(server) as address:
-            taken = asyncio.run(_look(folder, devices, address))
+            taken = asyncio.run(_look(folder, devices, address, opening))
         seconds = time.monotonic() - began
         installed = sum(found == [manifest] for found in taken)
         if installed < devices:
             raise PropolisError(f"{installed} of {devices} devices have installed the model: the log says why")
         first = device_folder(folder, 0)
         model = open_installed(first, Keyholder.load(first)).choice.model
-        loaded = load_task(task, data)
-        metrics = evaluate_model(loaded, model, check_task(loaded).test)
+        metrics = evaluate_model(loaded, model, test)
         return Delivered(manifest, package.stat().st_size, devices, installed, seconds, metrics)
 
 
-def _publisher(folder: Path, devices: int, model: str) -> Publisher:
-    """Found a federation of devices that have enrolled, with a release key."""
-    federation = make_federation(devices)
+def _publisher(folder: Path, federation: Federation, model: str) -> Publisher:
+    """Have a federation's devices enrol, and its root let a new key release."""
     write_linked_federation(federation, folder)
     key = SigningKey.generate()
-    delegation = delegate(federation.root, 1, key.public, time.time(), _DAY_S, (model,))
+    delegation = delegate(federation.root, _SERIAL, key.public, time.time(), _DAY_S, (model,))
     return Publisher.of(folder / SERVER_FOLDER, ReleaseKey(key, delegation), model)
 
 
@@ -122,8 +158,8 @@ def _served(server: Path) -> Iterator[str]:
         yield f"127.0.0.1:{link.port}"
 
 
-async def _look(folder: Path, devices: int, address: str) -> Sequence[list[Manifest]]:
+async def _look(folder: Path, devices: int, address: str, opening: Opening) -> Sequence[list[Manifest]]:
     """Let every device ask, at once; what each of them installed."""
-    taking = Taking(address, probe=probe_of_this_device())
+    taking = Taking(address, probe=probe_of_this_device(), opening=opening)
     homes = [device_folder(folder, index) for index in range(devices)]
     return await asyncio.gather(*(Deliveries(home, load_tls(home), taking).look() for home in homes))

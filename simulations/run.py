@@ -88,13 +88,13 @@ def _witnessed(
         _over_backend(settings, federation, (witness,), rounds, cancelled)
 
     try:
-        run_job(settings, options, job, over)
+        done = run_job(settings, options, job, over)
     except BaseException:
         if begun:
             with suppress(PropolisError):  # the first error is the one to report
                 witness.report(options.out)
         raise
-    return witness.report(options.out)
+    return {**done, **witness.report(options.out)}
 
 
 def _federation_of(settings: Settings, options: RunOptions) -> Federation | None:

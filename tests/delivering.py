@@ -33,7 +33,7 @@ from propolis.server.reports import Report, Reports
 from propolis.server.rollout import Rollout, Rollouts
 from propolis.server.roster import replace_roster
 from propolis.server.shelf import ContentKeys, Shelf
-from propolis.simulations.federation import device_folder, make_federation
+from propolis.simulations.federation import Federation, device_folder, make_federation
 from propolis.simulations.linked import SERVER_FOLDER, write_linked_federation
 
 WAIT_S = 60.0
@@ -42,12 +42,12 @@ WAIT_S = 60.0
 class Site:
     """A federation in a folder, whose releases are delivered while `serving`."""
 
-    def __init__(self, folder: Path, devices: int = 3) -> None:
+    def __init__(self, folder: Path, devices: int = 3, federation: Federation | None = None) -> None:
         self.folder, self.server_folder = folder, folder / SERVER_FOLDER
-        self.federation = make_federation(devices, seed=0)
+        self.federation = federation or make_federation(devices, seed=0)
         write_linked_federation(self.federation, folder)
         self.root = self.federation.root
-        self.key = release_key(self.root)
+        self.key = release_key(self.root, serial=2)  # 1 may be that of a key holder
         self.membership = Membership(self.server_folder)
         self.rollouts, self.reports = Rollouts(self.server_folder), Reports(self.server_folder)
         self.address = ""

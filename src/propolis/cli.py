@@ -151,20 +151,25 @@ def simulate_command(
         typer.echo(f"{_files_of(result)} are in {folder}")
         _say_registered(result)
     if deliver:
-        result |= _deliver(str(registry), result["registered"], settings, as_json)
+        result |= _deliver(folder, str(registry), result["registered"], settings, as_json)
     if as_json:
         typer.echo(json.dumps(result))
 
 
-def _deliver(registry: str, registered: Mapping[str, Any], settings: Settings, as_json: bool) -> dict[str, Any]:
+def _deliver(
+    out: Path, registry: str, registered: Mapping[str, Any], settings: Settings, as_json: bool
+) -> dict[str, Any]:
     """Release what was registered and deliver it; what came of it."""
     from propolis.server.opening import open_registry
     from propolis.simulations.deliver import deliver
+    from propolis.simulations.federation import recalled_federation
+    from propolis.simulations.run import DEVICES
     from propolis.size import format_bytes
 
     opened = open_registry(registry)
     version = opened.version(registered["model"], registered["version"])
-    done = deliver(opened, version, settings.task, settings.data, settings.clients)
+    federation = recalled_federation(out / DEVICES, settings.clients) if settings.is_encrypted else None
+    done = deliver(opened, version, settings.task, settings.data, settings.clients, federation)
     figures = {
         "sequence": done.manifest.sequence,
         "package_bytes": done.package_bytes,
@@ -177,7 +182,8 @@ def _deliver(registry: str, registered: Mapping[str, Any], settings: Settings, a
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in done.device_metrics.items())
         typer.echo(f"sealed     {release}: one package of {format_bytes(done.package_bytes)}, a key for each device")
         typer.echo(f"delivered  to {done.installed} of {done.devices} devices in {done.seconds:.1f} s, over mutual TLS")
-        typer.echo("verified   by each of them, tried on the golden batch, and installed")
+        how = "opened, exported, tried" if settings.is_encrypted else "tried on the golden batch,"
+        typer.echo(f"verified   by each of them, {how} and installed")
         typer.echo(f"predicted  on device 0 with what it has installed, the test set: {metrics}")
     return {"delivered": figures}
 

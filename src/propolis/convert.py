@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from propolis.export import (
+    COMPARED_EXAMPLES,
     INPUT,
     Origin,
     evaluate_onnx,
     export_float32,
+    first_inputs,
     load_trained,
     quantize_int8,
     spread_inputs,
@@ -70,7 +72,8 @@ def convert(
         UsageError: the weights are not the task's, or the model cannot be exported or quantized.
         PropolisError: the file computes something else than torch does.
     """
-    exported = export_float32(task, load_trained(task, weights), origin)
+    inputs = first_inputs(sets.test, COMPARED_EXAMPLES)
+    exported = export_float32(task, load_trained(task, weights), origin, inputs)
     files = {FLOAT32_FILE: exported.data}
     if quantization is not None:
         calibration = spread_inputs(sets.train, quantization.examples)

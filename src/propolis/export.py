@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT = "input", "output"
 _CALIBRATION_BATCH = 64
-_COMPARED_EXAMPLES = 256
+COMPARED_EXAMPLES = 256
 # Of the largest output, or of one where all are smaller: what other orders of summation make of float32.
 LARGEST_DIFFERENCE = 1e-4
 _LARGEST_FILE = 2**31 - 1  # protobuf's bound
@@ -112,20 +112,23 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def export_float32(task: Task, model: nn.Module, origin: Origin) -> Exported:
+def export_float32(task: Task, model: nn.Module, origin: Origin, inputs: Tensor | None = None) -> Exported:
     """A trained model as ONNX, for batches of any size, compared with torch.
 
     Args:
         task: gives real inputs.
         model: in evaluation mode, on the CPU.
         origin: what the file says about itself.
+        inputs: (n, ...) real ones to compare on; None takes the first of the task's test set.
 
     Raises:
         UsageError: the model cannot be exported, or is too large for one file.
         PropolisError: the file computes something else than torch does.
     """
-    inputs = first_inputs(task.data().test, _COMPARED_EXAMPLES)
-    proto = _to_onnx(task, model)
+    if inputs is None:
+        inputs = first_inputs(task.data().test, COMPARED_EXAMPLES)
+    has_example = type(task).example_input is not Task.example_input
+    proto = _to_onnx(model, task.example_input() if has_example else inputs[:1])
     data = _finished(proto, origin)
     return Exported(data, require_same_outputs(model, load_model(data), inputs))
 
@@ -212,8 +215,7 @@ def require_same_outputs(model: nn.Module, exported: Model, inputs: Tensor) -> f
     return worst
 
 
-def _to_onnx(task: Task, model: nn.Module) -> onnx.ModelProto:
-    example = task.example_input()
+def _to_onnx(model: nn.Module, example: Tensor) -> onnx.ModelProto:
     two = torch.cat([example, example])  # of one, the exporter would take the size for a constant
     with _quietly("this model cannot be exported to ONNX"):
         program = torch.onnx.export(
