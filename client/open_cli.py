@@ -67,9 +67,11 @@ def _opened(folder: Path, model: Path, told: ClientConfig, passphrase_file: Path
     """The model; raises UsageError whatever keeps it from being opened."""
     from propolis.client.encrypted import open_model_file
     from propolis.client.seal import Seal
-    from propolis.client.state import FileStore, policy_of
+    from propolis.client.state import STATE_FILE, FileStore, policy_of
     from propolis.link.keys import passphrase_of
 
+    if not (folder / STATE_FILE).is_file():
+        raise UsageError(f"{folder} holds no enrolled device")
     passphrase = passphrase_of(passphrase_file)
     store = FileStore(folder, policy_of(told.node), None if passphrase is None else Seal(passphrase))
     try:

@@ -203,5 +203,8 @@ def as_exported(manifest: Manifest, files: Files, own: Files) -> tuple[Manifest,
     """
     left = (Kind.ENCRYPTED, Kind.GOLDEN)
     kept = [file for file in manifest.files if file.kind not in left and file.name not in own]
-    made = [PackagedFile(name, len(data), hashlib.sha256(data).digest(), _KINDS[name]) for name, data in own.items()]
+    made = [
+        PackagedFile(name, len(data), hashlib.sha256(data).digest(), _KINDS[name])
+        for name, data in sorted(own.items())  # the same list whenever it is opened
+    ]
     return replace(manifest, files=(*kept, *made)), {**{file.name: files[file.name] for file in kept}, **own}
