@@ -101,6 +101,7 @@ def convert_command(
     how = Conversion(task, data, int8, seven_bits, calibrate, golden, no_golden, golden_from_test_set)
     opened = open_named(registry)
     wanted = opened.version(name, version)
+    wanted.require_readable("to convert it")
     if wanted.is_converted:
         _require_same(opened, wanted, how)
         say_version(f"{wanted} has its files already: {_names(wanted)}", wanted, as_json)

@@ -10,7 +10,6 @@ import typer
 
 from propolis.model_files import figures_of, require_exporter
 from propolis.secure.errors import UsageError
-from propolis.secure.he.messages import is_encrypted_model
 
 if TYPE_CHECKING:
     from propolis.convert import Quantization
@@ -49,6 +48,8 @@ def export_command(
         weights = model.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {model}: {error.strerror}") from None
+    from propolis.secure.he.messages import is_encrypted_model
+
     if is_encrypted_model(weights):
         raise UsageError(f"{model} is encrypted: propolis client open exports it, on a device that has the key")
 

@@ -42,12 +42,12 @@ WAIT_S = 60.0
 class Site:
     """A federation in a folder, whose releases are delivered while `serving`."""
 
-    def __init__(self, folder: Path, devices: int = 3, federation: Federation | None = None) -> None:
+    def __init__(self, folder: Path, devices: int = 3, federation: Federation | None = None, serial: int = 1) -> None:
         self.folder, self.server_folder = folder, folder / SERVER_FOLDER
         self.federation = federation or make_federation(devices, seed=0)
         write_linked_federation(self.federation, folder)
         self.root = self.federation.root
-        self.key = release_key(self.root, serial=2)  # 1 may be that of a key holder
+        self.key = release_key(self.root, serial)
         self.membership = Membership(self.server_folder)
         self.rollouts, self.reports = Rollouts(self.server_folder), Reports(self.server_folder)
         self.address = ""

@@ -53,7 +53,7 @@ class EncryptedSite(Site):
     def __init__(self, folder: Path, hive: EncryptedHive) -> None:
         of = hive.federation
         devices = tuple(replace(state.copy(), roster=of.roster) for state in of.devices)
-        super().__init__(folder, federation=replace(of, devices=devices))
+        super().__init__(folder, federation=replace(of, devices=devices), serial=2)  # 1 is the key holder's
 
     def installer(self, index: int = 0, how: Opening | None = None, **options: Any) -> Installer:
         exporter = (how or opening()).exporter(self.device(index), None)

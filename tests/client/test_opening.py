@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dying import die_at
 from encrypted_app import EncryptedHive
 from encrypted_releases import EncryptedSite, opening, trained, under_key
+from releasing import NOW, key_for
 from runnable import FLOAT, golden, scaled
 
 from propolis.client import opening as module
 from propolis.client.deliveries import Deliveries
+from propolis.client.infer import onnx_probe, open_installed
+from propolis.client.install import Installer
+from propolis.client.keyholder import Keyholder
 from propolis.client.opening import Opening, Work, export_apart, files_from
 from propolis.client.own_export import export_here
 from propolis.client.state import HE_KEY_FILE
@@ -117,6 +124,30 @@ def test_an_export_that_does_not_run_as_it_said_is_refused(site: EncryptedSite, 
     require_refused(site, hive, opening(export=odd), Refusal.PROBE, "outputs on the golden batch differ")
 
 
+def test_killed_at_any_step_a_device_serves_the_old_model_or_the_new_one(site: EncryptedSite, hive: Hive) -> None:
+    home, package = site.device(0), site.seal(2, under_key(hive[1][1]))
+    served, number, killed = list[int](), 0, True
+
+    def install(folder: Path) -> None:
+        exporter = opening().exporter(folder, None)
+        Installer(folder, Keyholder.load(folder), onnx_probe, exporter=exporter).install(package, key_for(package), NOW)
+
+    while killed:
+        number += 1
+        copy = site.folder / f"killed-{number}"
+        shutil.copytree(home, copy)
+        killed = die_at(number, lambda folder=copy: install(folder))  # type: ignore[misc]
+        found = open_installed(copy, Keyholder.load(copy))
+        assert not found.fell_back
+        served.append(found.choice.manifest.sequence)
+        install(copy)
+        assert open_installed(copy, Keyholder.load(copy)).choice.manifest.sequence == 2
+        shutil.rmtree(copy)
+    assert number > 15
+    assert served == sorted(served)
+    assert set(served) == {1, 2}
+
+
 # Over the link
 
 
@@ -152,8 +183,6 @@ def test_a_device_without_the_task_reports_that_and_gives_up(site: EncryptedSite
 
 
 def look(deliveries: Deliveries) -> list[int]:
-    import asyncio
-
     return [manifest.sequence for manifest in asyncio.run(deliveries.look())]
 
 

@@ -56,7 +56,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture
 def site(trained: Trained, tmp_path: Path) -> Iterator[Site]:
     """The federation of the run, whose server delivers."""
-    made = Site(tmp_path / "site", federation=recalled_federation(trained.folder / "run" / DEVICES, DEVICES_OF_RUN))
+    federation = recalled_federation(trained.folder / "run" / DEVICES, DEVICES_OF_RUN)
+    made = Site(tmp_path / "site", federation=federation, serial=2)
     make_delegated_key(tmp_path / "release.key", lambda public: delegate(made.root, 3, public, time.time(), 3600), None)
     with made.serving():
         yield made
