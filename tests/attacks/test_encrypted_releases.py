@@ -145,7 +145,7 @@ def test_recorded_outputs_of_others_are_not_what_an_export_is_held_to(site: Encr
         return dict(linear(work))  # type: ignore[arg-type]
 
     recorded = golden(**{FLOAT: 99.0})
-    package = site.seal(2, under_key(hive[1][1], **{GOLDEN_FILE: (recorded, Kind.GOLDEN)}))
+    package = site.seal(2, under_key(hive[1][1], **{"theirs.npz": (recorded, Kind.GOLDEN)}))
     site.install(package, how=opening(export=watched))
     assert seen == [recorded]
     installed = site.installed()
