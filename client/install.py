@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,7 +61,8 @@ class Installer:
         probe: tries a model before it is trusted; None where nothing on this device can run it.
         largest: bytes of a model's plain files that this device takes at most.
         tell: hears of every step of an installation.
-        exporter: opens what was released encrypted; None refuses it. What is installed opens without.
+        exporter: opens what was released encrypted; None refuses it, for the device does not know the task. What is
+            installed opens without.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class Installer:
             if (accepted.manifest.sequence, accepted.digest) != (release.sequence, release.manifest):
                 raise TrustError(Refusal.PACKAGE, f"the package is another one than {release}, which was offered")
             require_chunk_digests(accepted.manifest, header.chunk_digests)
+            if encrypted_file(accepted.manifest) is not None:
+                self._exporter_of(accepted.manifest)
         except RefusedError as error:
             if error.refusal is not Refusal.ROLLED_BACK:  # what is installed is newer: that is no failure
                 self._tell(Status(Outcome.FAILED, error.refusal.reason))
@@ -127,7 +131,7 @@ class Installer:
                     record = self._trust(package, slots, expected)
                     files: Mapping[str, bytes] = self._open(package, key, accepted)
                     self._tell(Status(Outcome.VERIFIED))
-                    manifest, files, export = self._exported(accepted, files)
+                    manifest, files, export = self._exported(accepted, files, slots, record)
                     self._try(manifest, files)
                     slot = self._keep(package, key, slots, record, accepted, export)
                     if store_plain:
@@ -199,17 +203,23 @@ class Installer:
         content_key = unwrap_key(key, accepted, self._device.descriptor, private)
         return open_files(accepted.manifest, content_key, package.chunks())
 
+    def _exporter_of(self, manifest: Manifest) -> Exporter:
+        if self._exporter is None:
+            raise PeerError(Refusal.EXPORT, f"{manifest.name} is encrypted, and this device was not told its task")
+        return self._exporter
+
     def _exported(
-        self, accepted: Accepted, files: Mapping[str, bytes]
+        self, accepted: Accepted, files: Mapping[str, bytes], slots: Slots, record: Record
     ) -> tuple[Manifest, Mapping[str, bytes], bytes | None]:
         """A release as it is served here, and what is kept of it where its model came encrypted."""
-        manifest = accepted.manifest
+        manifest, current = accepted.manifest, record.current
         name = encrypted_file(manifest)
         if name is None:
             return manifest, files, None
-        if self._exporter is None:
-            raise PeerError(Refusal.EXPORT, f"{manifest.name} is encrypted, and nothing here opens it")
-        own = self._exporter(manifest, files[name], golden_file(manifest, files))
+        if current is not None and current.release == Trusted.of(accepted):
+            with suppress(PropolisError):  # else it is made anew
+                return *self._read(slots, current), slots.export_of(current)
+        own = self._exporter_of(manifest)(manifest, files[name], golden_file(manifest, files))
         return *as_exported(manifest, files, own), seal_export(self._device, accepted.digest, own)
 
     def _try(self, manifest: Manifest, files: Mapping[str, bytes]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from propolis.logs import one_line
 from propolis.model_files import figures_of, require_exporter
 from propolis.secure.errors import PropolisError, UsageError
 
@@ -130,7 +131,9 @@ def _require_free(out: Path, force: bool) -> None:
 
 def _in_words(said: dict[str, Any], out: Path) -> str:
     cut = f"{said['saturated']} values were cut off" if said["saturated"] else "no value was cut off"
-    metrics = ", ".join(f"{key} {value:.4f}" for key, value in sorted(said["metrics"].items()) if value is not None)
+    metrics = ", ".join(
+        f"{one_line(key)} {value:.4f}" for key, value in sorted(said["metrics"].items()) if value is not None
+    )
     return "\n".join(
         [
             f"opened: round {said['round']}, the sum of {said['devices']} devices, weight {said['weight']:g}, {cut}",

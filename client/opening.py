@@ -146,8 +146,10 @@ class Opening:
         """As a device's configuration says; raises UsageError where a policy in it is none."""
         return cls(config.task, config.data, policy_of(config.node))
 
-    def exporter(self, folder: Path, seal: Seal | None) -> Callable[[Manifest, bytes, bytes], Files]:
-        """What an `Installer` opens encrypted models with, on the device in a folder."""
+    def exporter(self, folder: Path, seal: Seal | None) -> Callable[[Manifest, bytes, bytes], Files] | None:
+        """What an `Installer` opens encrypted models with, on the device in a folder; None without a task."""
+        if self.task is None:
+            return None
         return partial(self.files_of, FileStore(folder, self.policy, seal))
 
     def files_of(self, store: DeviceStore, manifest: Manifest, model: bytes, golden: bytes) -> Files:
@@ -162,8 +164,6 @@ class Opening:
         Raises:
             PeerError, TrustError: the device cannot open it, or does not want to, or cannot export it.
         """
-        if self.task is None:
-            raise PeerError(Refusal.EXPORT, f"{manifest.name} is encrypted, and this device was not told its task")
         try:
             require_exporter()
             opened = open_model(store, model)

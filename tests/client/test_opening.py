@@ -112,9 +112,14 @@ def test_without_an_exporter_or_tenseal_a_device_says_so(
             cached.cache_clear()
 
 
-def test_without_anything_that_opens_it_a_release_is_refused(site: EncryptedSite, hive: Hive) -> None:
-    with pytest.raises(PeerError, match="nothing here opens it"):
-        site.install(site.seal(2, under_key(hive[1][1])), exporter=None)
+def test_what_is_installed_already_is_not_opened_again(site: EncryptedSite, hive: Hive) -> None:
+    package = site.seal(2, under_key(hive[1][1]))
+    site.install(package)
+    (export,) = (path for path in site.device(0).rglob("export") if path.parent.name == "b")
+    before = export.read_bytes()
+    assert site.install(package, how=opening(task=None)).sequence == 2
+    assert export.read_bytes() == before
+    assert site.installed().choice.manifest.sequence == 2
 
 
 def test_an_export_that_does_not_run_as_it_said_is_refused(site: EncryptedSite, hive: Hive) -> None:
@@ -169,15 +174,15 @@ def test_a_device_installs_reports_and_is_tried_again_when_its_key_has_come(site
     assert site.factor(0) == site.factor(1)
 
 
-def test_a_device_without_the_task_reports_that_and_gives_up(site: EncryptedSite, hive: Hive) -> None:
+def test_a_device_without_the_task_reports_that_and_fetches_nothing(
+    site: EncryptedSite, hive: Hive, caplog: pytest.LogCaptureFixture
+) -> None:
     rollout = site.release(2, files=under_key(hive[1][1]))
     before = site.factor()
     with site.serving():
-        waiting = site.deliveries(0, opening=opening(task=None))
-        for _ in range(3):
-            with pytest.raises(PropolisError, match="was not told its task"):
-                look(waiting)
-        assert look(waiting) == []
+        assert site.look(0, opening=opening(task=None)) == []
+        assert "this device was not told its task" in caplog.text
+        assert not list((site.device(0) / "incoming").glob("*"))
         assert site.wait_for_report(rollout.release, Outcome.FAILED).reason == "export"
     assert site.factor() == before
 

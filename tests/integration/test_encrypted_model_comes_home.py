@@ -106,6 +106,21 @@ def test_it_is_published_fetched_opened_and_answers_as_torch_does(
     assert np.mean(outputs.argmax(1) == labels) == np.mean(expected.argmax(1) == labels) > 0.7
 
 
+def test_a_package_is_installed_from_a_file(trained: Trained, site: Site, propolis: Command, tmp_path: Path) -> None:
+    done = propolis(*publishing(trained, site), "--no-rollout", "--out", "package", "--json")
+    said = json.loads(done.stdout)
+    installing = ("client", "install", "package", "package.keys", "--dir", site.device(2), "--json")
+    assert "this device was not told its task" in propolis(*installing).stderr
+    installed = propolis(*installing, "--task", "digits", "--store-plain")
+    assert json.loads(installed.stdout) == {**said_of(said), "tried": "model.onnx", "difference": 0.0}
+    (plain,) = site.device(2).rglob("plain")
+    assert {path.name for path in plain.iterdir()} == {"model.onnx", "golden.npz"}
+
+
+def said_of(manifest: dict[str, object]) -> dict[str, object]:
+    return {name: manifest[name] for name in ("name", "sequence")}
+
+
 def test_a_simulation_delivers_what_its_witness_saw(trained: Trained) -> None:
     federation = recalled_federation(trained.folder / "run" / DEVICES, DEVICES_OF_RUN)
     version = trained.registry.version("digits", 1)
