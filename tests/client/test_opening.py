@@ -25,7 +25,6 @@ from propolis.client.install import Installer
 from propolis.client.keyholder import Keyholder
 from propolis.client.opening import Opening, Work, export_apart, files_from
 from propolis.client.own_export import export_here
-from propolis.client.state import HE_KEY_FILE
 from propolis.link.delivery import Outcome
 from propolis.secure.errors import PeerError, PropolisError, Refusal, TrustError, UsageError
 from propolis.secure.he import bfv, held
@@ -79,7 +78,7 @@ def test_each_device_serves_what_it_exported_and_falls_back_to_it(site: Encrypte
 
 def test_what_is_installed_opens_without_the_key(site: EncryptedSite) -> None:
     before = site.factor()
-    (site.device(0) / HE_KEY_FILE).unlink()
+    (site.device(0) / "he.key").unlink()
     assert site.factor() == before
 
 
@@ -88,7 +87,7 @@ def test_without_its_task_a_device_says_so(site: EncryptedSite, hive: Hive) -> N
 
 
 def test_without_a_key_a_device_says_so(site: EncryptedSite, hive: Hive) -> None:
-    (site.device(0) / HE_KEY_FILE).unlink()
+    (site.device(0) / "he.key").unlink()
     require_refused(site, hive, opening(), Refusal.HE_KEY, "has no key of homomorphic encryption")
 
 
@@ -158,7 +157,7 @@ def test_killed_at_any_step_a_device_serves_the_old_model_or_the_new_one(site: E
 
 def test_a_device_installs_reports_and_is_tried_again_when_its_key_has_come(site: EncryptedSite, hive: Hive) -> None:
     rollout = site.release(2, files=under_key(hive[1][1]))
-    key = site.device(1) / HE_KEY_FILE
+    key = site.device(1) / "he.key"
     kept = key.read_bytes()
     with site.serving():
         assert [each.sequence for each in site.look(0, opening=opening())] == [2]
