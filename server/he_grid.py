@@ -37,7 +37,7 @@ from propolis.server.protected_grid import HANDSHAKE_S, Attempts, ProtectedGrid
 from propolis.server.secure_round import say_hello
 
 _MOST_NAMED = 20
-_log = logging.getLogger("flwr")
+_log = logging.getLogger("propolis.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +251,7 @@ def _say_keyless(channel: Channel, nodes: Mapping[int, int]) -> int:
     keyless = [index for index, node_id in nodes.items() if channel.refusals.get(node_id) is Refusal.HE_KEY]
     if keyless:
         named = ", ".join(str(index) for index in sorted(keyless)[:_MOST_NAMED])
-        _log.warning("%d devices have not the key of this round or of its model: device %s", len(keyless), named)
+        _log.warning("%d without the key of this round or of its model: device %s", len(keyless), named)
     return len(keyless)
 
 

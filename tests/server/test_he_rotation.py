@@ -209,5 +209,5 @@ def test_a_server_says_which_devices_have_not_the_key(caplog: pytest.LogCaptureF
     for index in (1, 3):
         hive.stores[index] = MemoryStore(hive.federation.devices[index].copy(), SIMULATED)
     hive.round()
-    assert "2 devices have not the key of this round or of its model: device 1, 3" in caplog.text
+    assert "2 without the key of this round or of its model: device 1, 3" in caplog.text
     assert "this device has no key of homomorphic encryption" in caplog.text

@@ -301,10 +301,6 @@ def test_an_encrypted_model_cannot_be_registered_or_delivered(tmp_path: Path, mi
     assert not (tmp_path / "runs").exists()
 
 
-def test_real_devices_are_not_trained_encrypted_yet(tmp_path: Path, mistake: Any) -> None:
-    assert "protection he is for simulated devices" in mistake("server", "--protection", "he")
-
-
 def test_without_tenseal_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from propolis.secure.he import held
 
