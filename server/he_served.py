@@ -181,35 +181,36 @@ def key_for(served: ServedKey, settings: Settings) -> PublicKey:
     """The key that a run's next round is under.
 
     Raises:
-        UsageError: as `ServedKey.require`, or it is for other values or another mode than the run; or TenSEAL is not
-            installed.
+        UsageError: as `ServedKey.require`; it is for other values, another mode or fewer devices than a round takes, or
+            sealed for fewer; or TenSEAL is not installed.
     """
-    key = served.require().key
-    bits, mode = key.parameters.value_bits, "seeded" if key.parameters.seeded else "public"
+    usable = served.require()
+    parameters, least = usable.key.parameters, max(settings.min_clients, FEWEST_IN_A_SUM)
+    bits, mode = parameters.value_bits, "seeded" if parameters.seeded else "public"
     if bits != settings.value_bits:
         raise UsageError(f"bits: the federation's key is for values of {bits}, and the run has {settings.value_bits}")
     if mode != settings.he_mode:
         raise UsageError(f"he_mode: the federation's key is for {mode}, and the run is {settings.he_mode}")
-    scheme_of(key.parameters)
-    return key
-
-
-def require_room(usable: UsableKey, settings: Settings, roster: Roster) -> None:
-    """Refuse to begin with a key that too few devices have, or that a round of all of them has no room in.
-
-    Raises:
-        UsageError: the message says what to do.
-    """
-    members = max(sum(not entry.revoked for entry in roster.entries), settings.clients)
-    sampled, most = max(int(members * settings.fraction), settings.min_clients), usable.key.parameters.clients
-    if sampled > most:
-        raise UsageError(
-            f"the federation's key is for sums of {most} devices at most, and {sampled} train in a round: "
-            f"{_COMMAND} --renew --clients {sampled} makes one for more"
-        )
-    least = max(settings.min_clients, FEWEST_IN_A_SUM)
+    require_room(parameters.clients, least)
     if len(usable.sealed) < least:
         raise UsageError(
             f"the federation's key is sealed for {len(usable.sealed)} devices, and a round takes {least}: {_COMMAND} "
             "seals it for those that have enrolled"
         )
+    scheme_of(parameters)
+    return usable.key
+
+
+def require_room(most: int, devices: int) -> None:
+    """Refuse a key for fewer devices than these; raises UsageError."""
+    if devices > most:
+        raise UsageError(
+            f"the federation's key is for sums of {most} devices at most, and {devices} train in a round: "
+            f"{_COMMAND} --renew --clients {devices} makes one for more"
+        )
+
+
+def largest_round(settings: Settings, roster: Roster) -> int:
+    """How many devices train in a round, when all members are there."""
+    members = max(sum(not entry.revoked for entry in roster.entries), settings.clients)
+    return max(int(members * settings.fraction), settings.min_clients)

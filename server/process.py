@@ -8,8 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,11 @@ from propolis.link.certificates import Tls, fault_of, load_tls
 from propolis.link.spool import Spools
 from propolis.references import load_attribute
 from propolis.secure.errors import PropolisError, TooFewPeersError, UsageError
-from propolis.server.app import Members
 from propolis.server.checkpoint import RunState
 from propolis.server.config import NOWHERE, Served, ServerConfig
 from propolis.server.delivery import Delivery
 from propolis.server.enroll import Enrolment
-from propolis.server.he_served import KEY_FOLDER, ServedKey, key_for, require_room
+from propolis.server.he_served import KEY_FOLDER, ServedKey
 from propolis.server.inference import inference
 from propolis.server.job import (
     Job,
@@ -47,6 +45,7 @@ from propolis.server.link_grid import LinkGrid
 from propolis.server.membership import Membership
 from propolis.server.opening import open_registry
 from propolis.server.post import Post
+from propolis.server.protected_members import members_of
 from propolis.server.registration import Registration
 from propolis.server.report import CONFIG, result_of, write_results
 from propolis.server.reports import Reports
@@ -192,7 +191,7 @@ def _run_ready(
     if start is not None and start.completed >= settings.rounds:
         _log.info("the run in %s is complete: nothing is left to do", out)
         return _result_again(settings, start, options, federation)
-    members = _members(settings, ends, out)
+    members = members_of(settings, ends.membership, ends.he_key, out / JOURNAL)
     if members is not None and members.he_key is None:
         require_feasible(settings, task, settings.clients, members.max_weight)
     job = Job(task, check_task(task).test, choose_device(settings.device), members, federation)
@@ -200,7 +199,10 @@ def _run_ready(
 
     def over(rounds: Rounds, _: threading.Event) -> None:
         with _linked(config, devices_config(settings), ends) as (grid, link):
-            _wait_for_devices(link, settings.clients, config.wait_seconds)
+            left = sum(not entry.revoked for entry in ends.membership.roster.roster.entries)
+            # A run that is gone on with does not wait for those that were revoked since.
+            count = settings.clients if start is None else max(settings.min_clients, min(settings.clients, left))
+            _wait_for_devices(link, count, config.wait_seconds)
             rounds(grid)
 
     return run_job(settings, options, job, over)
@@ -226,21 +228,6 @@ def _registration(served: Served) -> Registration | None:
 
 def _he_key(config: ServerConfig, membership: Membership) -> ServedKey:
     return ServedKey(Path(config.he_key) if config.he_key else Path(config.federation) / KEY_FOLDER, membership)
-
-
-def _members(settings: Settings, ends: Ends, out: Path) -> Members | None:
-    if not settings.is_protected:
-        return None
-    if settings.max_weight is None:
-        raise UsageError("max_weight: say the largest number of examples that a device may have; devices cut off more")
-    membership = ends.membership
-    members = Members(membership.roster, settings.max_weight, settings.seed, newest=lambda: membership.roster)
-    if settings.is_encrypted:
-        require_room(ends.he_key.require(), settings, membership.roster.roster)
-        newest_key = partial(key_for, ends.he_key, settings)
-        return replace(members, he_key=newest_key(), newest_key=newest_key)
-    # Devices are told the codec's randomness anyway; from the seed, a run that crashed goes on as if it had not.
-    return replace(members, journal=out / JOURNAL)
 
 
 @contextmanager

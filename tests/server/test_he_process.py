@@ -49,14 +49,14 @@ class Site:
         self.port = free_port()
         self.write()
 
-    def write(self, **settings: Any) -> Path:
+    def write(self, wait_for: int = 3, **settings: Any) -> Path:
         lines = {"task": "digits", "rounds": 2, "min_clients": 3, "max_weight": 600.0, "epochs": 1}
         lines |= {"protection": "he", "he_mode": "seeded", "bits": 8, **settings}
         text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in lines.items() if value is not None)
         path = self.folder / "server.toml"
         path.write_text(
             f"{text}\n[server]\nfederation = '{self.server}'\nout = '{self.folder / 'run'}'\nenroll = 'none'\n"
-            f"listen = '127.0.0.1:{self.port}'\nwait_seconds = 30.0\n"
+            f"listen = '127.0.0.1:{self.port}'\nwait_seconds = 30.0\nwait_for = {wait_for}\n"
         )
         return path
 
@@ -99,6 +99,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def test_a_run_leaves_what_its_server_may_know(site: Site) -> None:
+    site.write(wait_for=DEVICES)
     started = site.devices()
     result = site.run()
     again = site.run(rounds=3)
@@ -144,7 +145,11 @@ def of_another_mode(site: Site) -> None:
 
 
 def without_room(site: Site) -> None:
-    site.write(min_clients=11)
+    site.write(wait_for=11)
+
+
+def for_fewer_than_a_round_takes(site: Site) -> None:
+    site.write(wait_for=11, min_clients=11)
 
 
 def without_a_weight(site: Site) -> None:
@@ -160,6 +165,7 @@ WRONG = [
     (of_other_bits, "bits: the federation's key is for values of 8, and the run has 16"),
     (of_another_mode, "he_mode: the federation's key is for seeded, and the run is public"),
     (without_room, "for sums of 10 devices at most, and 11 train"),
+    (for_fewer_than_a_round_takes, "for sums of 10 devices at most, and 11 train"),
     (without_a_weight, "max_weight"),
 ]
 
@@ -200,8 +206,8 @@ def test_a_registry_is_refused_by_name(site: Site) -> None:
 
 
 def test_a_run_whose_key_a_revoked_device_has_ends_with_the_line_and_is_gone_on_with(site: Site) -> None:
+    site.write(wait_for=DEVICES, rounds=1000, round_deadline=2.0)
     started, ended = site.devices(), list[BaseException]()
-    site.write(rounds=1000, round_deadline=2.0)
 
     def run() -> None:
         try:

@@ -16,8 +16,7 @@ from holding import NOW, SMALL, Holding, holding
 from propolis.client.he_key import open_for
 from propolis.secure.errors import UsageError
 from propolis.secure.he.held import KeyBundle
-from propolis.server.he_key import Asked
-from propolis.server.he_served import ServedKey, key_for, require_room
+from propolis.server.he_served import ServedKey, key_for, largest_round, require_room
 from propolis.server.membership import Membership
 from propolis.server.shelf import NotOnOfferError
 from propolis.settings import Settings
@@ -204,16 +203,23 @@ def test_a_run_is_held_to_the_key(made: Holding) -> None:
 
 
 def test_a_round_has_room_in_the_key_and_enough_devices_have_it(made: Holding) -> None:
-    server = Server(made)
-    roster = server.members.roster.roster
-    require_room(server.key.require(), Settings(**SETTINGS), roster)
+    key = Server(made).key
     with pytest.raises(UsageError, match=r"for sums of 10 devices at most, and 11 train .* --renew --clients 11"):
-        require_room(server.key.require(), Settings(**{**SETTINGS, "clients": 11}), roster)
-    require_room(server.key.require(), Settings(**{**SETTINGS, "clients": 14}, fraction=0.5), roster)
+        key_for(key, Settings(**{**SETTINGS, "clients": 11, "min_clients": 11}))
     with pytest.raises(UsageError, match="is sealed for 3 devices, and a round takes 4"):
-        require_room(server.key.require(), Settings(**{**SETTINGS, "clients": 4, "min_clients": 4}), roster)
-    made.issue(Asked(clients=3, seeded=True, renew=True))
+        key_for(key, Settings(**{**SETTINGS, "clients": 4, "min_clients": 4}))
+    key_for(key, Settings(**{**SETTINGS, "min_clients": 2}))
+
+
+def test_a_round_of_all_members_has_room_in_the_key_that_a_run_begins_with(made: Holding) -> None:
+    roster = Server(made).members.roster.roster
+    assert largest_round(Settings(**SETTINGS), roster) == 3
+    assert largest_round(Settings(**{**SETTINGS, "clients": 14}), roster) == 14
+    assert largest_round(Settings(**{**SETTINGS, "clients": 14, "fraction": 0.5}), roster) == 7
     made.enroll("late")
-    server.members.look()
+    roster = Server(made).members.roster.roster
+    assert largest_round(Settings(**SETTINGS), roster) == 4
+    assert largest_round(Settings(**SETTINGS), roster.revoking(0)) == 3
+    require_room(4, 4)
     with pytest.raises(UsageError, match="for sums of 3 devices at most, and 4 train"):
-        require_room(server.key.require(), Settings(**SETTINGS), server.members.roster.roster)
+        require_room(3, 4)

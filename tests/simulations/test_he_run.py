@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from propolis.client.train import LocalTrainer
 from propolis.client.update import SecureMod
 from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.secure.he import bfv
+from propolis.secure.he.keys import PublicKey
+from propolis.secure.he.messages import EncryptedSum
 from propolis.secure.secagg.policy import Policy
 from propolis.server.app import FederatedRun, Members, initial_model
 from propolis.server.checkpoint import RunState
@@ -201,9 +205,11 @@ def test_a_round_below_the_devices_floor_is_tried_again_then_reported(tmp_path: 
     assert len(failed["retries"]) == 2
 
 
-def blobs_run(settings: Settings) -> tuple[FederatedRun, LocalGrid, Witness]:
+def blobs_run(
+    settings: Settings, room: int | None = None, newest_key: Callable[[PublicKey], PublicKey] | None = None
+) -> tuple[FederatedRun, LocalGrid, Witness]:
     """A run over a model with batch norm and a frozen array, whose devices are all in this process."""
-    federation = make_federation(settings.clients, settings.seed, parameters_of(settings, settings.clients))
+    federation = make_federation(settings.clients, settings.seed, parameters_of(settings, room or settings.clients))
     assert federation.he is not None
     stores = DevicesInMemory(federation.devices, federation.he.bundles)
 
@@ -217,7 +223,9 @@ def blobs_run(settings: Settings) -> tuple[FederatedRun, LocalGrid, Witness]:
 
         return make_client_app(participant, [SecureMod(stores)])
 
-    task, members = Blobs(), Members(federation.verified_roster, 240.0, he_key=federation.he.public)
+    key = federation.he.public
+    newest = partial(newest_key, key) if newest_key else None
+    task, members = Blobs(), Members(federation.verified_roster, 240.0, he_key=key, newest_key=newest)
     run = FederatedRun(settings, task, task.data().test, device=CPU, members=members)
     witness = Witness(federation, task, task.data().test, CPU, None)
     return run, LocalGrid(load, settings.clients), witness
@@ -239,6 +247,31 @@ def test_counters_stay_exact_statistics_stay_valid_and_frozen_parameters_stay(tm
     np.testing.assert_array_equal(arrays["0.bias"], start.arrays["0.bias"])
     assert {name: a.dtype for name, a in arrays.items()} == {name: a.dtype for name, a in start.arrays.items()}
     assert report["accuracy"] > 0.75
+
+
+def test_a_round_asks_no_more_devices_than_its_key_has_room_for() -> None:
+    """More may connect in the middle of a run, which goes on; who is in a round differs from one to the next."""
+    run, grid, _ = blobs_run(job(clients=5, rounds=4, min_clients=3), room=3)
+    state = run.run(grid)
+    assert [(record.survivors, record.dropped) for record in state.history] == [(3, 0)] * 4
+    assert len({EncryptedSum.from_bytes(state.grid[name].tobytes()).devices for name in ("model", "before")}) == 2
+
+
+def test_an_evaluation_is_left_out_while_there_is_no_key_that_it_may_be_under() -> None:
+    """A device is revoked while the others train: the next exchange would be under a key that it has."""
+    asked = list[int]()
+
+    def newest_key(key: PublicKey) -> PublicKey:
+        asked.append(1)
+        if len(asked) in (2, 3):
+            raise UsageError("lab is revoked and has the key")
+        return key
+
+    run, grid, _ = blobs_run(job(clients=3, rounds=1, evaluate_fraction=1.0), newest_key=newest_key)
+    assert "evaluation" not in run.run(grid).grid
+    assert len(asked) == 2
+    run, grid, _ = blobs_run(job(clients=3, rounds=1, evaluate_fraction=1.0), newest_key=lambda key: key)
+    assert "evaluation" in run.run(grid).grid
 
 
 def test_devices_lost_at_any_exchange_leave_a_run_that_learns() -> None:
