@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import grpc.aio
 
-from propolis.client.fetch import Fetcher, NotDeliveredError
+from propolis.client.asking import Asking
+from propolis.client.fetch import Fetcher
 from propolis.client.hybrid import announcement_under
 from propolis.client.incoming import Incoming, begun, remove_others
 from propolis.client.install import LARGEST_MODEL, Installer, Status
@@ -39,7 +39,6 @@ from propolis.storage import alone
 from propolis.worker import Worker
 
 _LOCK = "deliveries.lock"
-_LEAST_PAUSE_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 5.0, 900.0
 # A release that failed for a reason that may pass, such as a disk, or a processor that was busy while it was tried.
 _MOST_TRIES = 3
 _REPORTS_S = 20.0
@@ -82,34 +81,16 @@ class Deliveries:
         self._folder, self._tls, self._taking = folder, tls, taking
         self._seal = None if passphrase is None else Seal(passphrase)
         self._rate = Rate(taking.rate)
-        self._news = asyncio.Event()
-        self._due: float | None = None
+        self._asking = Asking("no models")
         self._tried: Counter[bytes] = Counter()  # by the manifest of a release
-        self._said = ""
-        self._looked = -_LEAST_PAUSE_S
 
     def news(self, spread_s: float = 0.0) -> None:
         """There may be something new: ask within this time; called on the loop that `run` runs on."""
-        self._ask_by(time.monotonic() + random.uniform(0, spread_s))  # noqa: S311
-        self._news.set()
+        self._asking.news(spread_s)
 
     async def run(self) -> None:
         """Look whenever there is news, and again and again where something did not work; until it is cancelled."""
-        tries = 0
-        while True:
-            await self._wait(tries)
-            try:
-                await self.look()
-                tries, self._said = 0, ""
-            except NotDeliveredError as error:
-                self._say(f"no models: {error}")
-                tries = 0 if error.is_final else tries + 1
-            except PropolisError as error:
-                self._say(f"no models: {error}")
-                tries += 1
-            except Exception:  # a bug, of ours or of a library: the device goes on, and hears of revocations
-                _log.exception("no models")
-                tries += 1
+        await self._asking.run(self.look)
 
     async def look(self) -> list[Manifest]:
         """Ask once, and install what is new.
@@ -144,28 +125,6 @@ class Deliveries:
                 raise fault
         return taken
 
-    async def _wait(self, tries: int) -> None:
-        """Until it is time: news comes at a random moment of theirs, what failed is tried later and later."""
-        if tries:
-            pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(tries, 16)) * random.uniform(0.5, 1.0)  # noqa: S311
-            self._ask_by(time.monotonic() + pause)
-        while self._due is None or self._due > time.monotonic():
-            self._news.clear()
-            with suppress(TimeoutError):
-                left = None if self._due is None else self._due - time.monotonic()
-                await asyncio.wait_for(self._news.wait(), left)
-        await asyncio.sleep(max(0.0, self._looked + _LEAST_PAUSE_S - time.monotonic()))
-        self._due, self._looked = None, time.monotonic()
-
-    def _ask_by(self, due: float) -> None:
-        """Ask at this time, on the monotonic clock, if not earlier."""
-        self._due = due if self._due is None else min(self._due, due)
-
-    def _say(self, text: str) -> None:
-        """A line of the log, once for each reason in a row."""
-        _log.log(logging.DEBUG if text == self._said else logging.WARNING, "%s", text)
-        self._said = text
-
     def _is_given_up(self, release: Release) -> bool:
         return self._tried[release.manifest] >= _MOST_TRIES
 
@@ -190,7 +149,7 @@ class Deliveries:
             if await asyncio.to_thread(store.change, take) > before:
                 self._tried.clear()
         except TrustError as error:
-            self._say(f"the server's roster is not taken: {error}")
+            self._asking.say(f"the server's roster is not taken: {error}")
 
     async def _announce(self, fetcher: Fetcher) -> None:
         """Let post-quantum packages be sealed to this device; it takes the others where that does not work."""

@@ -6,6 +6,7 @@ leaves the device is encrypted under the federation's key, and tagged for this a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from propolis.messages import (
     without_record,
 )
 from propolis.secure.codec.lanes import LANES
-from propolis.secure.errors import PeerError, Refusal, TrustError, UsageError
-from propolis.secure.he.held import EncodedUpdate, HeldKey, Owner, held_key
+from propolis.secure.errors import PeerError, Refusal, RefusedError, TrustError, UsageError
+from propolis.secure.he.held import EncodedUpdate, HeldKey, Owner, forget_opened, held_key
 from propolis.secure.he.layout import Opened, Sample
 from propolis.secure.he.messages import EncryptedPlan, EncryptedSum
+from propolis.secure.he.tag import refused
 from propolis.secure.identity import descriptor_digest
 from propolis.secure.secagg.device import Device, Upload, require_roster
 from propolis.secure.secagg.plan import Kind, Plan, Terms
@@ -145,7 +147,7 @@ def open_sum(store: DeviceStore, data: bytes) -> tuple[EncryptedPlan, Opened]:
         PeerError: it is not what it is said to be; one code, whatever is wrong.
         TrustError: the device has no such key.
     """
-    return _key_of(store).open(EncryptedSum.from_bytes(data), store.policy.min_cohort)
+    return _keys_of(store).open(EncryptedSum.from_bytes(data), store.policy.min_cohort)
 
 
 def open_model(store: DeviceStore, data: bytes) -> OpenedModel:
@@ -209,12 +211,16 @@ class _Opened:
 def _opened_task(store: DeviceStore, plan: EncryptedPlan, message: Message) -> _Opened:
     """Open the model in a message, which is that of a round of this plan; raises PeerError or TrustError."""
     broadcast = broadcast_in(message.content)
-    key = _key_of(store)
+    keys = _keys_of(store)
+    key = keys.newest
     key.require_plan(plan)
     content = without_record(message.content)
     if broadcast:
-        made_by, opened = key.open(EncryptedSum.from_bytes(broadcast), store.policy.min_cohort)
+        made_by, opened = keys.open(EncryptedSum.from_bytes(broadcast), store.policy.min_cohort)
         content = _with_model(content, made_by, opened)
+        if made_by.key_id == plan.key_id and keys.kept > 1:  # the federation has moved on to the newest
+            store.forget_former_he_keys()
+            forget_opened()
     task = _Opened(plan, key, content, model_in(content), not broadcast)
     task.asked.require_type(message)
     _require_arrays(plan, task.model)
@@ -247,16 +253,54 @@ def _require_same_attempt(plan: EncryptedPlan, around: Plan) -> None:
         raise PeerError(Refusal.MODEL, "the plan of what is encrypted is of another attempt than the secure sum")
 
 
-def _key_of(store: DeviceStore) -> HeldKey:
-    """The device's key, if whoever made it may still make keys."""
-    data = store.he_key()
-    if data is None:
+@dataclass(frozen=True, slots=True, repr=False)
+class _Keys:
+    """A device's keys, whose makers may still make keys.
+
+    Attributes:
+        newest: what it encrypts under.
+        former: under which the model of a round may be that is the first one under the newest.
+        kept: how many keys there are, with those whose makers may not any more.
+    """
+
+    newest: HeldKey
+    former: tuple[HeldKey, ...]
+    kept: int
+
+    def open(self, total: EncryptedSum, floor: int) -> tuple[EncryptedPlan, Opened]:
+        """`HeldKey.open` with the key that a sum is under.
+
+        Which one that is it says in clear, and it is no secret whether the device has it; so that refusal says so.
+
+        Raises:
+            PeerError: see `HeldKey.open`.
+            TrustError: the device has no such key.
+        """
+        try:
+            key_id = EncryptedPlan.from_bytes(total.plan).key_id
+        except PeerError:
+            raise refused() from None
+        for key in (self.newest, *self.former):
+            if key.public.key_id == key_id:
+                return key.open(total, floor)
+        raise TrustError(Refusal.HE_KEY, "the model is under a key that this device has not, or that it has erased")
+
+
+def _keys_of(store: DeviceStore) -> _Keys:
+    """The device's keys, if whoever made the newest may still make keys."""
+    bundles = store.he_keys()
+    if not bundles:
         raise TrustError(Refusal.HE_KEY, "this device has no key of homomorphic encryption")
 
-    def held(device: Device) -> HeldKey:
-        state = device.state
+    def held(device: Device) -> _Keys:
+        state, roster = device.state, device.roster()
         owner = Owner(state.index, descriptor_digest(state.descriptor), state.hpke_private)
-        return held_key(data, state.root_key, device.roster(), owner, device.now)
+        newest = held_key(bundles[0], state.root_key, roster, owner, device.now)
+        former = list[HeldKey]()
+        for bundle in bundles[1:]:
+            with suppress(RefusedError):  # its holder was revoked, or its time is over
+                former.append(held_key(bundle, state.root_key, roster, owner, device.now))
+        return _Keys(newest, tuple(former), len(bundles))
 
     return store.change(held)
 

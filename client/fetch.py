@@ -17,6 +17,8 @@ from propolis.link.delivery import (
     AnnounceReply,
     AnnounceRequest,
     FetchRequest,
+    HeKeyReply,
+    HeKeyRequest,
     LookReply,
     LookRequest,
     OpenReply,
@@ -61,6 +63,10 @@ class NotDeliveredError(PropolisError):
     def __init__(self, detail: str, is_final: bool) -> None:
         super().__init__(detail)
         self.is_final = is_final
+
+
+class NotServedError(NotDeliveredError):
+    """The server has no such service."""
 
 
 class Arriving(Protocol):
@@ -113,6 +119,17 @@ class Fetcher:
             )
         except TimeoutError:
             raise NotDeliveredError(f"the roster did not come within {_ROSTER_S:g} s", is_final=False) from None
+
+    async def he_key(self, have: bytes = b"") -> bytes:
+        """This device's `KeyBundle`, which nobody has checked; raises as `look` does.
+
+        Args:
+            have: id of the key that it has.
+
+        Returns:
+            Nothing, where the server has no other one.
+        """
+        return (await self._ask("HeKey", HeKeyRequest(have), HeKeyReply)).bundle
 
     async def fetch(self, release: Release, incoming: Arriving) -> None:
         """The chunks of a package that are missing; again and again, for as long as some come.
@@ -182,7 +199,7 @@ class Fetcher:
 def _not_delivered(error: grpc.aio.AioRpcError) -> NotDeliveredError:
     detail = error.details() or error.code().name
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        detail = "this server delivers no models"
+        return NotServedError("this server delivers nothing of that kind", is_final=True)
     return NotDeliveredError(detail, error.code() in _FINAL)
 
 

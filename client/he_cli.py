@@ -18,10 +18,10 @@ def he_key_command(
     ] = None,
 ) -> None:
     """Install a key of homomorphic encryption from files."""
-    from propolis.client.he_key import install_he_key, read_published
+    from propolis.client.he_key import install_he_key
     from propolis.client.keyholder import Keyholder
     from propolis.client.seal import Seal
-    from propolis.he_files import read_sealed_key
+    from propolis.he_files import read_published, read_sealed_key
     from propolis.link.keys import passphrase_of
 
     passphrase = passphrase_of(passphrase_file)

@@ -1,26 +1,25 @@
 """A device's part of a key of homomorphic encryption: opened from files, checked, and kept in the device's folder.
 
-he.key          `KeyBundle` of protos/he.proto, sealed for this device as it came; under the passphrase of the device
-                where it has one
-
 It is checked again whenever it is loaded, against the newest roster that the device has seen: a holder may have been
 revoked meanwhile, or its time be over.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from propolis.client.he_folder import HE_KEY_FILE, read_he_keys, write_he_keys
 from propolis.client.keyholder import Keyholder
 from propolis.client.seal import Seal, is_sealed
-from propolis.client.state import HE_KEY_FILE, LOCK_FILE
+from propolis.client.state import LOCK_FILE
 from propolis.records import open_file, read_bytes
-from propolis.secure.errors import PropolisError, Refusal, StorageError, TrustError, UsageError
+from propolis.secure.errors import PeerError, PropolisError, Refusal, StorageError, TrustError, UsageError
 from propolis.secure.he.held import LARGEST_BUNDLE, KeyBundle
 from propolis.secure.he.keys import PublicKey, Secret, open_key
-from propolis.secure.he.published import LARGEST_PUBLISHED, Published, accept_key
-from propolis.storage import locked, remove_stale, write_atomically
+from propolis.secure.he.published import Published, accept_key
+from propolis.storage import locked
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -36,12 +35,6 @@ class OpenedKey:
     public: PublicKey
     secret: Secret
     number: int
-
-
-def read_published(path: Path) -> Published:
-    """The public part of a key from a file, which proves nothing yet; raises UsageError, or PeerError if it is none."""
-    with open_file(path) as file:
-        return Published.from_bytes(read_bytes(file, LARGEST_PUBLISHED + 1))
 
 
 def open_for(device: Keyholder, published: Published, sealed: bytes, now: float) -> OpenedKey:
@@ -65,7 +58,7 @@ def open_for(device: Keyholder, published: Published, sealed: bytes, now: float)
 def install_he_key(
     folder: Path, device: Keyholder, published: Published, sealed: bytes, now: float, seal: Seal | None = None
 ) -> OpenedKey:
-    """Keep a key in the device's folder, in place of an older one; the same one again changes nothing.
+    """Keep a key in the device's folder, before an older one; the same one again changes nothing.
 
     A key whose number is lower than that of the last one is refused, for a device that has been revoked since may have
     it; what a holder said that is revoked now does not count.
@@ -89,9 +82,9 @@ def install_he_key(
         before = _read(path, seal)
         if before is not None and before.serial not in device.trust.roster.roster.revoked_releases:
             _require_newer(opened, published, before)
-        remove_stale(path)
         content = KeyBundle(published.holder, published.statement, published.material, sealed).to_bytes()
-        write_atomically(path, content if seal is None else seal.close(content), mode=0o600)
+        former = [data for data in read_he_keys(folder, seal) if not _is_of(data, published)]
+        write_he_keys(folder, seal, content, former)
     return opened
 
 
@@ -110,6 +103,13 @@ def load_he_key(folder: Path, device: Keyholder, now: float, seal: Seal | None =
     """
     kept = _read(folder / HE_KEY_FILE, seal)
     return None if kept is None else open_for(device, kept.published, kept.sealed, now)
+
+
+def _is_of(data: bytes, published: Published) -> bool:
+    """Whether a bundle that is kept is of this key; one that cannot be read is left for who needs it to say so."""
+    with suppress(PeerError):
+        return KeyBundle.from_bytes(data).material == published.material
+    return False
 
 
 def _require_newer(opened: OpenedKey, published: Published, before: KeyBundle) -> None:

@@ -6,8 +6,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from flwr.clientapp import ClientApp
 from propolis.client.agent import Agent, AgentOptions
 from propolis.client.config import ClientConfig
 from propolis.client.deliveries import Deliveries, Taking
+from propolis.client.he_fetch import KeyFetcher
 from propolis.client.infer import probe_of_this_device
 from propolis.client.opening import Opening
 from propolis.client.runner import AppRunner, Worker
@@ -63,11 +63,18 @@ def attend(folder: Path, config: ClientConfig, attendance: Attendance, passphras
     server, tls = _ends(folder, config, passphrase)
     app = load_client_app(config.app) if config.app else _ready_app(config)
     node_config = {FOLDER_KEY: str(folder.resolve()), **config.node}
-    runner = AppRunner(app, DeviceName.of(tls.certificate).node_id, node_config)
+    keys = KeyFetcher(folder, server, tls, passphrase)
+    runner = AppRunner(app, DeviceName.of(tls.certificate).node_id, node_config, keys.prepare)
     options = AgentOptions(server, attendance.once, attendance.patience, largest_message=config.largest_message * 2**20)
     deliveries = _deliveries(folder, config, server, tls, passphrase) if config.install else None
+    asking: list[Deliveries | KeyFetcher] = [keys] if deliveries is None else [keys, deliveries]
+
+    def news(spread_s: float) -> None:
+        for each in asking:
+            each.news(spread_s)
+
     with alone(folder / _PROCESS_LOCK, f"another process is this device already: it runs with {folder}"):
-        asyncio.run(_run(Agent(options, tls, runner, Worker(), Spools(folder), _news_of(deliveries)), deliveries))
+        asyncio.run(_run(Agent(options, tls, runner, Worker(), Spools(folder), news), asking))
 
 
 def fetch(folder: Path, config: ClientConfig, passphrase: bytes | None = None) -> list[Manifest]:
@@ -100,10 +107,6 @@ def _deliveries(folder: Path, config: ClientConfig, server: str, tls: Tls, passp
     return Deliveries(folder, tls, taking, passphrase)
 
 
-def _news_of(deliveries: Deliveries | None) -> Callable[[float], None]:
-    return (lambda _: None) if deliveries is None else deliveries.news
-
-
 def _ends(folder: Path, config: ClientConfig, passphrase: bytes | None) -> tuple[str, Tls]:
     """Where the server is, and the device's certificate and key, looked at before anything connects."""
     if config.server is None:
@@ -130,7 +133,7 @@ def _ready_app(config: ClientConfig) -> ClientApp:
     return ready_app(config.task, Path(config.data), config.device, config.threads)
 
 
-async def _run(agent: Agent, deliveries: Deliveries | None) -> None:
+async def _run(agent: Agent, asking: Sequence[Deliveries | KeyFetcher]) -> None:
     """Run the agent until it ends, or a signal says so; what is fetched then goes on the next time."""
     loop, stopped_by = asyncio.get_running_loop(), list[signal.Signals]()
 
@@ -140,13 +143,12 @@ async def _run(agent: Agent, deliveries: Deliveries | None) -> None:
 
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stop, sign)
-    taking = asyncio.create_task(deliveries.run()) if deliveries is not None else None
+    tasks = [asyncio.create_task(each.run()) for each in asking]
     try:
         await agent.run()
     finally:
-        if taking is not None:
-            taking.cancel()
-            with suppress(asyncio.CancelledError):
-                await taking
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     if stopped_by:
         raise KeyboardInterrupt

@@ -27,10 +27,18 @@ class AppRunner:
         app: any Flower ClientApp.
         node_id: the device's.
         node_config: set on the device; the server cannot change it.
+        prepare: sees each message before the app does; it may take its time, and never raises.
     """
 
-    def __init__(self, app: ClientApp, node_id: int, node_config: Mapping[str, UserConfigValue]) -> None:
+    def __init__(
+        self,
+        app: ClientApp,
+        node_id: int,
+        node_config: Mapping[str, UserConfigValue],
+        prepare: Callable[[Message], None] = lambda _: None,
+    ) -> None:
         self._app, self._node_id, self._node_config = app, node_id, dict(node_config)
+        self._prepare = prepare
         self._context: Context | None = None
 
     def run_is(self, run_id: int, run_config: Mapping[str, UserConfigValue]) -> None:
@@ -57,6 +65,7 @@ class AppRunner:
         ):
             raise ValueError("the request is for another device or run")
         try:
+            self._prepare(message)
             return _body_of(self._app(message, context))
         except BaseException as error:  # the user's own code, and it may call sys.exit
             _log.exception("the app failed")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from propolis.secure.errors import StorageError
+from propolis.storage import write_atomically
 
 # The last byte is the version: of the format and of the parameters of scrypt.
 _MAGIC = b"propolis sealed\x01"
@@ -61,3 +63,27 @@ class Seal:
 def is_sealed(data: bytes) -> bool:
     """Whether data are what a `Seal` closed."""
     return data.startswith(_MAGIC)
+
+
+def write_sealed(path: Path, data: bytes, seal: Seal | None) -> None:
+    """Replace a file that only its owner may read; raises StorageError.
+
+    Args:
+        path: the file.
+        data: its new content.
+        seal: encrypts it; None leaves it as it is.
+    """
+    write_atomically(path, data if seal is None else seal.close(data), mode=0o600)
+
+
+def read_sealed(path: Path, seal: Seal | None) -> bytes:
+    """What `write_sealed` wrote; raises StorageError where it cannot be read, or is under another passphrase."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read the device's state at {path}: {error.strerror}") from None
+    if seal is not None:
+        return seal.open(data)
+    if is_sealed(data):
+        raise StorageError(f"the device's state at {path} is encrypted: give its passphrase")
+    return data

@@ -11,7 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from propolis.client.seal import Seal, is_sealed
+from propolis.client.he_folder import forget_former_keys, read_he_keys, write_he_keys
+from propolis.client.seal import Seal, read_sealed, write_sealed
 from propolis.secure.codec.series import Version
 from propolis.secure.errors import StorageError, UsageError
 from propolis.secure.secagg.device import Device
@@ -22,8 +23,6 @@ from propolis.storage import locked, remove_stale, write_atomically
 T = TypeVar("T")
 
 STATE_FILE, LOCK_FILE, MODEL_FILE = "device.state", "device.lock", "model.version"
-# Its secret part is sealed to the device, so that the file is worth nothing without the state.
-HE_KEY_FILE = "he.key"
 _log = logging.getLogger("propolis.client")
 
 # Keys of a Flower node's configuration, which is set on the device and which the server cannot change.
@@ -67,8 +66,14 @@ class DeviceStore(Protocol):
     def keep_model(self, version: Version) -> None:
         """Keep a version in place of the last one, if it can be kept."""
 
-    def he_key(self) -> bytes | None:
-        """The device's key of homomorphic encryption, see `propolis.secure.he.held.KeyBundle`; None without one."""
+    def he_keys(self) -> tuple[bytes, ...]:
+        """The device's keys of homomorphic encryption, each a `propolis.secure.he.held.KeyBundle`.
+
+        The first is the newest, and what the device encrypts under; models under the others may still come.
+        """
+
+    def forget_former_he_keys(self) -> None:
+        """Keep the newest key alone."""
 
 
 class SharedVersion:
@@ -93,13 +98,13 @@ class MemoryStore:
         state: the device's.
         policy: what the device insists on.
         shared: of the devices of this process; those that have the same version of the model share its memory.
-        he_key: see `DeviceStore.he_key`.
+        he_key: of homomorphic encryption, see `DeviceStore.he_keys`.
     """
 
     def __init__(
         self, state: DeviceState, policy: Policy, shared: SharedVersion | None = None, he_key: bytes | None = None
     ) -> None:
-        self._state, self._he_key = state, he_key
+        self._state, self._he_keys = state, () if he_key is None else (he_key,)
         self._lock = threading.Lock()
         self._model: Version | None = None
         self._shared = shared or SharedVersion()
@@ -121,9 +126,17 @@ class MemoryStore:
         """See `DeviceStore.keep_model`."""
         self._model = self._shared.one_of(version)
 
-    def he_key(self) -> bytes | None:
-        """See `DeviceStore.he_key`."""
-        return self._he_key
+    def he_keys(self) -> tuple[bytes, ...]:
+        """See `DeviceStore.he_keys`."""
+        return self._he_keys
+
+    def keep_he_key(self, data: bytes) -> None:
+        """Keep a newer key before those that there are."""
+        self._he_keys = (data, *self._he_keys)
+
+    def forget_former_he_keys(self) -> None:
+        """See `DeviceStore.forget_former_he_keys`."""
+        self._he_keys = self._he_keys[:1]
 
 
 class FileStore:
@@ -148,7 +161,7 @@ class FileStore:
         with locked(folder / LOCK_FILE):
             if (folder / STATE_FILE).exists():
                 raise UsageError(f"{folder} holds a device's state already")
-            _write(folder / STATE_FILE, state.to_bytes(), seal)
+            write_sealed(folder / STATE_FILE, state.to_bytes(), seal)
 
     def change(self, step: Callable[[Device], T]) -> T:
         """See `DeviceStore.change`."""
@@ -156,12 +169,12 @@ class FileStore:
         with locked(self._folder / LOCK_FILE):
             for file in (STATE_FILE, MODEL_FILE):
                 remove_stale(self._folder / file)
-            before = _read(path, self._seal)
+            before = read_sealed(path, self._seal)
             device = Device(DeviceState.from_bytes(before), self.policy, time.time())
             result = step(device)
             after = device.state.to_bytes()
             if after != before:
-                _write(path, after, self._seal)
+                write_sealed(path, after, self._seal)
             return result
 
     def recall_model(self) -> Version | None:
@@ -178,15 +191,20 @@ class FileStore:
         except StorageError as error:  # it costs the whole model the next time, and not this round
             _log.warning("cannot keep the model: %s", error)
 
-    def he_key(self) -> bytes | None:
-        """See `DeviceStore.he_key`; raises StorageError."""
-        path = self._folder / HE_KEY_FILE
-        return _read(path, self._seal) if path.exists() else None
+    def he_keys(self) -> tuple[bytes, ...]:
+        """See `DeviceStore.he_keys`; raises StorageError."""
+        with locked(self._folder / LOCK_FILE):
+            return read_he_keys(self._folder, self._seal)
 
     def keep_he_key(self, data: bytes) -> None:
-        """Keep a key of homomorphic encryption in place of the one before; raises StorageError."""
-        remove_stale(self._folder / HE_KEY_FILE)
-        _write(self._folder / HE_KEY_FILE, data, self._seal)
+        """Keep a newer key of homomorphic encryption before those that there are; raises StorageError."""
+        with locked(self._folder / LOCK_FILE):
+            write_he_keys(self._folder, self._seal, data, read_he_keys(self._folder, self._seal))
+
+    def forget_former_he_keys(self) -> None:
+        """See `DeviceStore.forget_former_he_keys`; a file that cannot be removed is left for the next time."""
+        with locked(self._folder / LOCK_FILE):
+            forget_former_keys(self._folder)
 
 
 def policy_of(node_config: Mapping[str, Any]) -> Policy:
@@ -208,19 +226,3 @@ def policy_of(node_config: Mapping[str, Any]) -> Policy:
             raise UsageError(f"{key} in the node's configuration has the wrong type, got {value!r}")
         values[name] = value
     return Policy(**values)
-
-
-def _write(path: Path, state: bytes, seal: Seal | None) -> None:
-    write_atomically(path, state if seal is None else seal.close(state), mode=0o600)
-
-
-def _read(path: Path, seal: Seal | None) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"cannot read the device's state at {path}: {error.strerror}") from None
-    if seal is not None:
-        return seal.open(data)
-    if is_sealed(data):
-        raise StorageError(f"the device's state at {path} is encrypted: give its passphrase")
-    return data

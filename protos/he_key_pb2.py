@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from propolis.protos import identity_pb2 as propolis_dot_protos_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpropolis/protos/he_key.proto\x12\x0epropolis.he.v1\x1a\x1epropolis/protos/identity.proto\"\x8d\x01\n\tPublished\x12\x0f\n\x07version\x18\x01 \x01(\r\x12,\n\x06holder\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12/\n\tstatement\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x10\n\x08material\x18\x04 \x01(\x0c\"+\n\x06Member\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\ndescriptor\x18\x02 \x01(\x0c\"\xb6\x01\n\x07HeldKey\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12,\n\tpublished\x18\x03 \x01(\x0b\x32\x19.propolis.he.v1.Published\x12\x0f\n\x07mac_key\x18\x04 \x01(\x0c\x12\x12\n\nsecret_key\x18\x05 \x01(\x0c\x12\x0e\n\x06roster\x18\x06 \x01(\x04\x12\'\n\x07members\x18\x07 \x03(\x0b\x32\x16.propolis.he.v1.Memberb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpropolis/protos/he_key.proto\x12\x0epropolis.he.v1\x1a\x1epropolis/protos/identity.proto\"\x8d\x01\n\tPublished\x12\x0f\n\x07version\x18\x01 \x01(\r\x12,\n\x06holder\x18\x02 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12/\n\tstatement\x18\x03 \x01(\x0b\x32\x1c.propolis.identity.v1.Signed\x12\x10\n\x08material\x18\x04 \x01(\x0c\"+\n\x06Member\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\ndescriptor\x18\x02 \x01(\x0c\"\xb6\x01\n\x07HeldKey\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12,\n\tpublished\x18\x03 \x01(\x0b\x32\x19.propolis.he.v1.Published\x12\x0f\n\x07mac_key\x18\x04 \x01(\x0c\x12\x12\n\nsecret_key\x18\x05 \x01(\x0c\x12\x0e\n\x06roster\x18\x06 \x01(\x04\x12\'\n\x07members\x18\x07 \x03(\x0b\x32\x16.propolis.he.v1.Member\".\n\nFormerKeys\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07\x62undles\x18\x02 \x03(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,4 +38,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEMBER']._serialized_end=267
   _globals['_HELDKEY']._serialized_start=270
   _globals['_HELDKEY']._serialized_end=452
+  _globals['_FORMERKEYS']._serialized_start=454
+  _globals['_FORMERKEYS']._serialized_end=500
 # @@protoc_insertion_point(module_scope)

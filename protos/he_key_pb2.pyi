@@ -44,3 +44,11 @@ class HeldKey(_message.Message):
     roster: int
     members: _containers.RepeatedCompositeFieldContainer[Member]
     def __init__(self, version: _Optional[int] = ..., number: _Optional[int] = ..., published: _Optional[_Union[Published, _Mapping]] = ..., mac_key: _Optional[bytes] = ..., secret_key: _Optional[bytes] = ..., roster: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
+
+class FormerKeys(_message.Message):
+    __slots__ = ("version", "bundles")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    bundles: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, version: _Optional[int] = ..., bundles: _Optional[_Iterable[bytes]] = ...) -> None: ...

@@ -267,3 +267,19 @@ class ReportReply(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class HeKeyRequest(_message.Message):
+    __slots__ = ("version", "have")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    HAVE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    have: bytes
+    def __init__(self, version: _Optional[int] = ..., have: _Optional[bytes] = ...) -> None: ...
+
+class HeKeyReply(_message.Message):
+    __slots__ = ("version", "bundle")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    bundle: bytes
+    def __init__(self, version: _Optional[int] = ..., bundle: _Optional[bytes] = ...) -> None: ...

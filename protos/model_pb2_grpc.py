@@ -66,6 +66,11 @@ class DeliveryStub(object):
                 request_serializer=propolis_dot_protos_dot_model__pb2.ReportRequest.SerializeToString,
                 response_deserializer=propolis_dot_protos_dot_model__pb2.ReportReply.FromString,
                 _registered_method=True)
+        self.HeKey = channel.unary_unary(
+                '/propolis.model.v1.Delivery/HeKey',
+                request_serializer=propolis_dot_protos_dot_model__pb2.HeKeyRequest.SerializeToString,
+                response_deserializer=propolis_dot_protos_dot_model__pb2.HeKeyReply.FromString,
+                _registered_method=True)
 
 
 class DeliveryServicer(object):
@@ -114,6 +119,13 @@ class DeliveryServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HeKey(self, request, context):
+        """This device's part of the federation's key of homomorphic encryption.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DeliveryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -146,6 +158,11 @@ def add_DeliveryServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=propolis_dot_protos_dot_model__pb2.ReportRequest.FromString,
                     response_serializer=propolis_dot_protos_dot_model__pb2.ReportReply.SerializeToString,
+            ),
+            'HeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.HeKey,
+                    request_deserializer=propolis_dot_protos_dot_model__pb2.HeKeyRequest.FromString,
+                    response_serializer=propolis_dot_protos_dot_model__pb2.HeKeyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -312,6 +329,33 @@ class Delivery(object):
             '/propolis.model.v1.Delivery/Report',
             propolis_dot_protos_dot_model__pb2.ReportRequest.SerializeToString,
             propolis_dot_protos_dot_model__pb2.ReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/propolis.model.v1.Delivery/HeKey',
+            propolis_dot_protos_dot_model__pb2.HeKeyRequest.SerializeToString,
+            propolis_dot_protos_dot_model__pb2.HeKeyReply.FromString,
             options,
             channel_credentials,
             insecure,

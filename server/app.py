@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from propolis.server.model import GlobalModel
 from propolis.server.planner import Protection
 from propolis.server.protected_grid import ProtectedGrid
 from propolis.server.prune import Pruning
+from propolis.server.renewal import Renewal
 from propolis.server.round import Round, Trained
 from propolis.server.strategy import go_on_from, make_strategy, restore_strategy, strategy_state
 from propolis.settings import FEWEST_IN_A_SUM, Settings
@@ -55,6 +57,8 @@ class Members:
         newest: the roster as it is now, where it may change during the run.
         journal: see `SecureGrid`.
         he_key: public part of the federation's key of homomorphic encryption, where it has one.
+        newest_key: that key as it is now, where it may change during the run; raises UsageError while there is none
+            that rounds may be under.
         seed: of the codec's public randomness, for a run that can be repeated; None: new every round.
     """
 
@@ -64,6 +68,7 @@ class Members:
     newest: Callable[[], TrustedRoster] | None = None
     journal: Path | None = None
     he_key: PublicKey | None = None
+    newest_key: Callable[[], PublicKey] | None = None
 
 
 class Observer(Protocol):
@@ -151,10 +156,12 @@ class FederatedRun:
         if settings.is_protected and members is None:
             raise UsageError(f"protection {settings.protection} needs a federation: who its members are")
         self._members = members
+        self._cancelled = cancelled or threading.Event()
+        newest, newest_key = (members.newest, members.newest_key) if members else (None, None)
+        self._renewal = Renewal(newest, newest_key, settings.round_deadline, self._cancelled)
         self._checkpoint = checkpoint
         self.retries: list[str] = []
         self._observers: tuple[Observer, ...] = ()
-        self._cancelled = cancelled or threading.Event()
         self._strategy = make_strategy(settings)
         self.state = start or RunState(initial_model(settings, task), (), {})
         restore_strategy(self._strategy, self.state.strategy)
@@ -241,7 +248,8 @@ class FederatedRun:
         uplink, downlink = metered.uplink_bytes, metered.downlink_bytes
         trained, attempts, attempt_round = self._train(grid, number)
         model = self._pruned(number, trained.model)
-        device_metrics = attempt_round.evaluate(model) if self._settings.evaluate_fraction else {}
+        evaluates = self._settings.evaluate_fraction and self._renewal.is_good(grid)
+        device_metrics = attempt_round.evaluate(model) if evaluates else {}
         # Under encryption the model here is the one that the run began with: the devices evaluate what they open.
         central = {} if self._settings.is_encrypted else self.evaluate(model)
         metrics = {**trained.metrics, **central, **{f"device-{k}": v for k, v in device_metrics.items()}}
@@ -283,7 +291,7 @@ class FederatedRun:
         for attempt in range(self._settings.attempts):
             for observer in self._observers:
                 observer.round_started(number, attempt)
-            self._renew(grid)
+            self._renewal.renew(grid)
             attempt_round = Round(
                 grid=grid,
                 strategy=self._strategy,
@@ -292,7 +300,7 @@ class FederatedRun:
                 seed=self._settings.seed,
                 deadline=self._settings.round_deadline,
                 min_clients=self._settings.min_clients,
-                node_ids=self._wait_for_devices(grid),
+                node_ids=self._with_room(grid, self._wait_for_devices(grid), f"{number}/{attempt}"),
             )
             try:
                 return attempt_round.train(self.state.model, self._train_config(number)), attempt + 1, attempt_round
@@ -300,10 +308,12 @@ class FederatedRun:
                 self.retries.append(str(error))
         raise TooFewPeersError(f"{self.retries[-1]} (tried {self._settings.attempts} times)")
 
-    def _renew(self, grid: Grid) -> None:
-        """Go by the newest roster: who was revoked is out, who was invited is in."""
-        if isinstance(grid, ProtectedGrid) and self._members is not None and self._members.newest is not None:
-            grid.renew(self._members.newest())
+    def _with_room(self, grid: Grid, node_ids: tuple[int, ...], name: str) -> tuple[int, ...]:
+        """The devices to sample from: some of them, where the sample would be larger than a key has room for."""
+        room = grid.room if isinstance(grid, HeGrid) else len(node_ids)
+        if max(int(len(node_ids) * self._settings.fraction), self._settings.min_clients) <= room:
+            return node_ids
+        return tuple(random.Random(f"room/{self._settings.seed}/{name}").sample(node_ids, room))  # noqa: S311
 
     def _wait_for_devices(self, grid: Grid) -> tuple[int, ...]:
         deadline = time.monotonic() + self._settings.round_deadline

@@ -51,6 +51,9 @@ class ServerConfig(BaseModel):
     delivery_rate: int = Field(
         0, ge=0, le=_LARGEST_MB, description="KiB per second that all devices together fetch models with; 0: no bound."
     )
+    he_key: str | None = Field(
+        None, description="Folder with he.public and he.keys, for protection he; he in the federation's by default."
+    )
     stay: bool = Field(False, description="Stay when the run is over: for enrolment, and to deliver models.")
     idle: bool = Field(False, description="Run no job: only let devices enrol and fetch models.")
     log_format: Literal["text", "json"] = Field("text", description="How the log is written to standard error.")
@@ -88,8 +91,6 @@ def load_served(path: Path | None, flags: Mapping[str, Any]) -> Served:
     devices = config.wait_for or max(values.get("min_clients") or 0, _fewest(values))
     fewest = {"min_clients": min(devices, 2)}
     settings = build(Settings, {**fewest, **values, "clients": devices, "backend": "link"}, source)
-    if settings.is_encrypted:
-        raise UsageError(f"{source}: protection he is for simulated devices in this version; choose secagg")
     if odd := [name for name, value in run_config.items() if not isinstance(value, (bool, int, float, str))]:
         raise UsageError(f"{source}, table [run-config]: {odd[0]} must be a number, true, false or a text")
     return Served(settings, config, run_config)

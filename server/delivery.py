@@ -1,4 +1,4 @@
-"""Releases for the devices that ask for them: the service Delivery, on the link's port and under its mutual TLS.
+"""Releases and keys for the devices that ask for them: the service Delivery, on the link's port, under its mutual TLS.
 
 Who asks is who its certificate says; a request names no device. Membership is looked at with every chunk, so revoking a
 device, or stopping a rollout, ends a download that is under way. Bytes come from the disk as they are wanted.
@@ -25,6 +25,8 @@ from propolis.link.delivery import (
     AnnounceReply,
     AnnounceRequest,
     FetchRequest,
+    HeKeyReply,
+    HeKeyRequest,
     LookReply,
     LookRequest,
     OpenReply,
@@ -42,6 +44,7 @@ from propolis.protos import model_pb2 as pb
 from propolis.secure.envelope import SEALED_CHUNK_BYTES
 from propolis.secure.errors import PropolisError, Refusal, RefusedError, StorageError, TrustError
 from propolis.secure.wire import decode, encode
+from propolis.server.he_served import ServedKey
 from propolis.server.membership import Membership
 from propolis.server.patience import BusyError, Complaints, Patience
 from propolis.server.reports import Report, Reports
@@ -71,10 +74,18 @@ class Delivery:
         membership: who may ask; somebody else keeps it up to date.
         reports: where what devices say goes.
         rate: bytes per second to all devices together; 0 is as fast as it goes.
+        he_key: of homomorphic encryption; None has none for anybody.
     """
 
-    def __init__(self, shelf: Shelf, membership: Membership, reports: Reports, rate: float = 0) -> None:
-        self._shelf, self._membership, self._reports = shelf, membership, reports
+    def __init__(
+        self,
+        shelf: Shelf,
+        membership: Membership,
+        reports: Reports,
+        rate: float = 0,
+        he_key: ServedKey | None = None,
+    ) -> None:
+        self._shelf, self._membership, self._reports, self._key = shelf, membership, reports, he_key
         self._rate = Rate(rate)
         self._sending = asyncio.Semaphore(_MOST_SENDING)
         self._questions = Patience(_MOST_ASKED, _ASKED_IN_S, _MOST_AT_ONCE)
@@ -87,7 +98,8 @@ class Delivery:
 
     def refresh(self) -> bool:
         """Look for changes, often; whether devices should ask again."""
-        return self._shelf.refresh()
+        is_new_key = self._key is not None and self._key.refresh()
+        return self._shelf.refresh() or is_new_key
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What a gRPC server is given."""
@@ -98,6 +110,7 @@ class Delivery:
                 "Announce": self._unary(self._announce, AnnounceRequest, pb.AnnounceRequest, pb.AnnounceReply),
                 "Open": self._unary(self._open, OpenRequest, pb.OpenRequest, pb.OpenReply),
                 "Report": self._unary(self._report, ReportRequest, pb.ReportRequest, pb.ReportReply),
+                "HeKey": self._unary(self._he_key, HeKeyRequest, pb.HeKeyRequest, pb.HeKeyReply),
                 "FetchRoster": self._stream(self._fetch_roster, RosterRequest, pb.RosterRequest),
                 "Fetch": self._stream(self._fetch, FetchRequest, pb.FetchRequest),
             },
@@ -123,6 +136,14 @@ class Delivery:
     async def _report(self, asked: ReportRequest, name: DeviceName) -> ReportReply:
         await self._note({asked.release}, name, Outcome(asked.outcome), asked.reason)
         return ReportReply()
+
+    async def _he_key(self, asked: HeKeyRequest, name: DeviceName) -> HeKeyReply:
+        if self._key is None:
+            return HeKeyReply(b"")
+        bundle = partial(self._key.bundle, name.index, asked.have)
+        data = await asyncio.get_running_loop().run_in_executor(self._readers, bundle)
+        await self._rate.take(len(data))
+        return HeKeyReply(data)
 
     async def _note(self, releases: set[Release], name: DeviceName, outcome: Outcome, reason: str = "") -> None:
         """Keep what a device says, where that can be kept: models go out all the same.

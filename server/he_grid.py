@@ -7,10 +7,11 @@ devices and the configuration; the model that it sees is the public one that the
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from propolis.server.he_round import Asking, Collected, collect
 from propolis.server.masked_round import MaskedRounds, Masking
 from propolis.server.protected_grid import HANDSHAKE_S, Attempts, ProtectedGrid
 from propolis.server.secure_round import say_hello
+
+_MOST_NAMED = 20
+_log = logging.getLogger("propolis.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +134,34 @@ class HeGrid(ProtectedGrid):
             self._roster = roster
             self._directory.renew(roster)
 
+    @property
+    def room(self) -> int:
+        """Most devices of a sum."""
+        return self._encryption.key.parameters.clients
+
+    def renew_key(self, key: PublicKey) -> None:
+        """Go by another key from the next round on, in which devices open the model with the one that it is under."""
+        if key.key_id != self._encryption.key.key_id:
+            scheme_of(key.parameters)
+            self._encryption = replace(self._encryption, key=key)
+            _log.info("rounds are under key %s from here on", key.key_id.hex()[:16])
+
     def resume_from(self, metrics: Mapping[str, float], state: Mapping[str, NDArray[Any]]) -> None:
-        """See `ProtectedGrid.resume_from`; raises UsageError where the state is no encrypted model of this key."""
+        """See `ProtectedGrid.resume_from`; raises UsageError where the state is no encrypted model.
+
+        The model may be under an older key than the grid's: the next round puts it under that.
+        """
         try:
             self.model, self.evaluation, before = (
                 EncryptedSum.from_bytes(state[name].tobytes()) if len(state.get(name, ())) else None
                 for name in ("model", "evaluation", "before")
             )
             self._before = [before] if "before" in state else []
-            of_key = self.model is not None and EncryptedPlan.from_bytes(self.model.plan).key_id
+            if self.model is None:
+                raise UsageError("the run's state holds no encrypted model")
+            EncryptedPlan.from_bytes(self.model.plan)
         except PeerError as error:
             raise UsageError(f"the run's state holds no encrypted model: {error}") from None
-        if of_key != self._encryption.key.key_id:
-            raise UsageError("the run's model is encrypted under another key than the federation's")
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The encrypted model, the one before it and the evaluation, as bytes; none of the public model."""
@@ -188,8 +207,10 @@ class HeGrid(ProtectedGrid):
             collected = self._masked.collect(asked, batch, self._roster) if self._masked else collect(asked)
             self._require(len(collected.alive), f"of {len(nodes)} devices sent an encrypted update", channel)
         except TooFewPeersError as error:
-            raise TooFewPeersError(f"{error}{self._step_back(batch.kind, channel, len(nodes))}") from None
+            judging = len(nodes) - len(_keyless(channel, nodes))
+            raise TooFewPeersError(f"{error}{self._step_back(batch.kind, channel, judging)}") from None
         finally:
+            _say_keyless(channel, nodes)
             if total.offered:
                 self._metrics[batch.kind] = Counter(total.offered).most_common(1)[0][0]
         return collected
@@ -198,10 +219,11 @@ class HeGrid(ProtectedGrid):
         """Go back to the model before where so many devices refuse this one that no round can go on from it.
 
         It is a sum of fewer devices than they insist on, or one of them has sent what was no update, which nobody but
-        who has the key can see. Returns what to say of it.
+        who has the key can see. `asked` are those that have the keys to judge it. Returns what to say of it.
         """
         refusals = sum(refusal is Refusal.CIPHERTEXT for refusal in channel.refusals.values())
-        if asked - refusals >= self._encryption.min_clients or kind is not Kind.TRAIN or not self._before:
+        is_in_the_way = asked - refusals < self._encryption.min_clients <= asked
+        if not is_in_the_way or kind is not Kind.TRAIN or not self._before:
             return ""
         self.model = self._before.pop()
         return f", {refusals} refused the model of the round before, which is therefore given up"
@@ -252,6 +274,17 @@ class HeGrid(ProtectedGrid):
         content["metrics"] = MetricRecord({self._weight_key: float(alive)})
         content[RECORD] = Outcome(alive, len(batch.messages), tuple(channel.failures.values())).record()
         return Message(content, reply_to=batch.messages[0])
+
+
+def _keyless(channel: Channel, nodes: Mapping[int, int]) -> list[int]:
+    """The devices that have not the key of the round, or not that of its model."""
+    return sorted(index for index, node_id in nodes.items() if channel.refusals.get(node_id) is Refusal.HE_KEY)
+
+
+def _say_keyless(channel: Channel, nodes: Mapping[int, int]) -> None:
+    if keyless := _keyless(channel, nodes):
+        named = ", ".join(map(str, keyless[:_MOST_NAMED]))
+        _log.warning("%d without the key of this round or of its model: device %s", len(keyless), named)
 
 
 def require_blind(strategy: Strategy) -> None:

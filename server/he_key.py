@@ -19,10 +19,9 @@ from propolis.secure.errors import UsageError
 from propolis.secure.he.bfv import Scheme
 from propolis.secure.he.keys import PublicKey, SealedKey, make_key, read_material, seal_key, state_key, verify_holder
 from propolis.secure.he.parameters import choose
-from propolis.secure.he.published import LARGEST_PUBLISHED, AcceptedKey, Published, accept_key
+from propolis.secure.he.published import Published
 from propolis.secure.he.tag import MAC_KEY_BYTES
 from propolis.secure.identity import Roster
-from propolis.secure.manifest import Trust
 from propolis.secure.wire import decode
 from propolis.server.he_held import HeldKey, Member, load_held, save_held
 from propolis.server.he_holder import HolderKey, require_apart
@@ -110,27 +109,6 @@ def issue_key(federation: Path, holder_file: Path, holder: HolderKey, out: Path,
         sealed = _publish(held, membership.roster.roster.federation, recipients, out)
     key = read_material(membership.roster.roster.federation, held.published.material)
     return Issued(held.number, key, before is None or held.number != before.number, sealed, len(held.members))
-
-
-def load_public(path: Path, trust: Trust, now: float) -> tuple[Published, AcceptedKey]:
-    """The public part of a key, on the server, which hands it to the devices.
-
-    Args:
-        path: of `he.public`.
-        trust: the federation's root and its newest roster.
-        now: seconds since 1970.
-
-    Raises:
-        UsageError: the file cannot be read.
-        TrustError, PeerError: as `propolis.secure.he.published.accept_key`.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST_PUBLISHED + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    published = Published.from_bytes(data)
-    return published, accept_key(published, trust, now)
 
 
 def _made(holder: HolderKey, roster: Roster, before: HeldKey | None, asked: Asked, now: float) -> HeldKey:

@@ -115,6 +115,15 @@ class Post:
             if courier.receive(frame) is not None or courier.is_free is not was_free:
                 self._notify()
 
+    def put_out(self, node_id: int) -> None:
+        """End the requests to a device that may not be here any more: nobody waits for its answers."""
+        with self._changed:
+            for request in self._requests.values():
+                if request.node_id == node_id and not request.is_answered:
+                    request.failure = "the device may not take part any more"
+                    self._courier(node_id).cancel(request)
+            self._notify()
+
     def expire(self) -> set[int]:
         """End the requests whose time is over; the devices that must be told."""
         now, told = time.monotonic(), set()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from propolis.link.certificates import Tls, fault_of, load_tls
 from propolis.link.spool import Spools
 from propolis.references import load_attribute
 from propolis.secure.errors import PropolisError, TooFewPeersError, UsageError
-from propolis.server.app import Members
 from propolis.server.checkpoint import RunState
 from propolis.server.config import NOWHERE, Served, ServerConfig
 from propolis.server.delivery import Delivery
 from propolis.server.enroll import Enrolment
+from propolis.server.he_served import KEY_FOLDER, ServedKey
 from propolis.server.inference import inference
 from propolis.server.job import (
     Job,
@@ -44,6 +45,7 @@ from propolis.server.link_grid import LinkGrid
 from propolis.server.membership import Membership
 from propolis.server.opening import open_registry
 from propolis.server.post import Post
+from propolis.server.protected_members import members_of
 from propolis.server.registration import Registration
 from propolis.server.report import CONFIG, result_of, write_results
 from propolis.server.reports import Reports
@@ -59,7 +61,22 @@ _LOOK_S = 0.5
 _OURS = frozenset({"data", "device", "clients", "backend", "workers", "ray_cpus", "dropout", "partition"})
 _log = logging.getLogger("propolis.server")
 
-Ends = tuple[Tls, Membership, Enrolment | None]
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What the link needs.
+
+    Attributes:
+        tls: the server's certificate and key.
+        membership: who may connect.
+        enrolment: answers newcomers, where there are to be any.
+        he_key: of homomorphic encryption, for rounds and for the devices.
+    """
+
+    tls: Tls
+    membership: Membership
+    enrolment: Enrolment | None
+    he_key: ServedKey
 
 
 def serve(served: Served, passphrase: bytes | None = None, console: Console | None = None) -> dict[str, Any] | None:
@@ -101,7 +118,7 @@ def stay(served: Served, passphrase: bytes | None = None) -> None:
     """
     quiet_flower()
     with suppress(KeyboardInterrupt), _prepared(served.config, passphrase) as ends:
-        with _linked(served.config, {}, *ends) as (_, link):
+        with _linked(served.config, {}, ends) as (_, link):
             _log.info("staying: devices may enrol and fetch models")
             while link.is_up:
                 time.sleep(_LOOK_S)
@@ -115,13 +132,13 @@ def _prepared(config: ServerConfig, passphrase: bytes | None) -> Iterator[Ends]:
     enrolment, out = _enrolment(config, membership, passphrase), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with alone(out / _PROCESS_LOCK, f"another server works in {out}: name another folder"):
-        yield tls, membership, enrolment
+        yield Ends(tls, membership, enrolment, _he_key(config, membership))
 
 
 def _run_app(app: ServerApp, served: Served, ends: Ends) -> None:
     """A user's ServerApp over the devices that connect."""
     config = served.config
-    with _linked(config, served.run_config, *ends) as (grid, link):
+    with _linked(config, served.run_config, ends) as (grid, link):
         _wait_for_devices(link, served.settings.clients, config.wait_seconds)
         app(grid, Context(grid.run.run_id, SERVER_NODE_ID, {}, RecordDict(), dict(served.run_config)))
 
@@ -170,20 +187,22 @@ def _run_ready(
     begun_before = (out / CONFIG).is_file()  # and ended before its first round did
     logger = None if console else _log.name
     options = RunOptions(out, start is not None, begun_before, console, logger, registration)
-    tls, membership, enrolment = ends
-    federation = membership.roster.roster.federation
+    federation = ends.membership.roster.roster.federation
     if start is not None and start.completed >= settings.rounds:
         _log.info("the run in %s is complete: nothing is left to do", out)
         return _result_again(settings, start, options, federation)
-    members = _members(settings, membership, out)
-    if members is not None:
+    members = members_of(settings, ends.membership, ends.he_key, out / JOURNAL)
+    if members is not None and members.he_key is None:
         require_feasible(settings, task, settings.clients, members.max_weight)
     job = Job(task, check_task(task).test, choose_device(settings.device), members, federation)
     torch.set_num_threads(1)
 
     def over(rounds: Rounds, _: threading.Event) -> None:
-        with _linked(config, devices_config(settings), tls, membership, enrolment) as (grid, link):
-            _wait_for_devices(link, settings.clients, config.wait_seconds)
+        with _linked(config, devices_config(settings), ends) as (grid, link):
+            left = sum(not entry.revoked for entry in ends.membership.roster.roster.entries)
+            # A run that is gone on with does not wait for those that were revoked since.
+            count = settings.clients if start is None else max(settings.min_clients, min(settings.clients, left))
+            _wait_for_devices(link, count, config.wait_seconds)
             rounds(grid)
 
     return run_job(settings, options, job, over)
@@ -200,54 +219,47 @@ def _result_again(settings: Settings, state: RunState, options: RunOptions, fede
 def _registration(served: Served) -> Registration | None:
     config = served.config
     registration = Registration.asked(config.registry, config.model, served.settings.task)
+    if registration is not None and served.settings.is_encrypted:
+        raise UsageError("registry: the server sees no model under protection he, so there is none to register")
     if registration is not None and config.app is not None:
         raise UsageError("registry: a ServerApp of your own keeps its model itself; register it with `propolis models`")
     return registration
 
 
-def _members(settings: Settings, membership: Membership, out: Path) -> Members | None:
-    if not settings.is_protected:
-        return None
-    if settings.max_weight is None:
-        raise UsageError("max_weight: say the largest number of examples that a device may have; devices cut off more")
-    roster = membership.roster
-    # Devices are told the codec's randomness anyway; from the seed, a run that crashed goes on as if it had not.
-    seed, journal = settings.seed, out / JOURNAL
-    return Members(roster, settings.max_weight, seed, newest=lambda: membership.roster, journal=journal)
+def _he_key(config: ServerConfig, membership: Membership) -> ServedKey:
+    return ServedKey(Path(config.he_key) if config.he_key else Path(config.federation) / KEY_FOLDER, membership)
 
 
 @contextmanager
 def _linked(
     config: ServerConfig,
     run_config: Mapping[str, UserConfigValue],
-    tls: Tls,
-    membership: Membership,
-    enrolment: Enrolment | None,
+    ends: Ends,
 ) -> Iterator[tuple[LinkGrid, LinkServer]]:
     """The grid over a link that is up meanwhile; devices are told how it ended."""
     run_id = secrets.randbits(62) + 2
     limit = config.largest_message * 2**20
-    enroll = None if enrolment is None else config.enroll
+    enroll = None if ends.enrolment is None else config.enroll
     options = LinkOptions(config.listen, run_id, run_config, config.heartbeat, limit, enroll)
     post = Post(limit, Spools(Path(config.out)))  # large replies wait on a disk, and not in memory as in some /tmp
-    delivery = _delivery(config, membership)
+    delivery = _delivery(config, ends)
     with (
-        inference(config, tls, membership),
-        LinkServer(options, tls, membership, post, enrolment, delivery) as link,
+        inference(config, ends.tls, ends.membership),
+        LinkServer(options, ends.tls, ends.membership, post, ends.enrolment, delivery) as link,
     ):
         _log.info("listening", extra={"port": link.port, "enroll_port": link.enroll_port or None})
         yield LinkGrid(post, link.wake, run_id), link
 
 
-def _delivery(config: ServerConfig, membership: Membership) -> Delivery:
-    """What gives devices their models; with a registry also those that enrolled after a package was sealed."""
+def _delivery(config: ServerConfig, ends: Ends) -> Delivery:
+    """What gives devices their models and keys; with a registry also those that enrolled after a package was sealed."""
     folder = Path(config.federation)
 
     def content_key(manifest: bytes) -> bytes | None:
         return None if config.registry is None else open_registry(config.registry).content_key(manifest)
 
-    shelf = Shelf(folder, membership, content_key)
-    return Delivery(shelf, membership, Reports(folder), config.delivery_rate * 2**10)
+    shelf = Shelf(folder, ends.membership, content_key)
+    return Delivery(shelf, ends.membership, Reports(folder), config.delivery_rate * 2**10, ends.he_key)
 
 
 def _wait_for_devices(link: LinkServer, count: int, seconds: float) -> None:

@@ -217,6 +217,8 @@ class Streams:
         except TrustError as error:
             _log.warning("device put out: %s", error, extra={"index": stream.name.index})
             stream.end(farewell(_reason_of(error), str(error)))
+            if _reason_of(error) is Reason.IDENTITY:
+                self._post.put_out(stream.node_id)
 
 
 class _RefusedStreamError(Exception):

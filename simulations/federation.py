@@ -14,7 +14,8 @@ from tempfile import gettempdir
 
 from flwr.app import Context
 
-from propolis.client.state import HE_KEY_FILE, STATE_FILE, DeviceStore, FileStore, MemoryStore, SharedVersion
+from propolis.client.he_folder import HE_KEY_FILE
+from propolis.client.state import STATE_FILE, DeviceStore, FileStore, MemoryStore, SharedVersion
 from propolis.client.update import SecureMod
 from propolis.secure import labels
 from propolis.secure.errors import RefusedError, StorageError, UsageError

@@ -83,7 +83,7 @@ def _witnessed(
         nonlocal begun
         begun = True
         # A run that has a checkpoint has its model under the keys that it had, wherever these are now.
-        if not (options.resume and ((options.out / DEVICES).is_dir() or (options.out / CHECKPOINT).exists())):
+        if not _has_begun(options):
             keep_federation(federation, options.out / DEVICES)
         _over_backend(settings, federation, (witness,), rounds, cancelled)
 
@@ -101,9 +101,14 @@ def _federation_of(settings: Settings, options: RunOptions) -> Federation | None
     """The run's own federation; that of a resumed run which is encrypted has the keys that its model is under."""
     if not settings.is_protected:
         return None
-    if options.resume and settings.is_encrypted and (options.out / DEVICES).is_dir():
+    if settings.is_encrypted and _has_begun(options):
         return recalled_federation(options.out / DEVICES, settings.clients)
     return make_federation(settings.clients, settings.seed, parameters_of(settings, settings.clients))
+
+
+def _has_begun(options: RunOptions) -> bool:
+    """Whether there is an encrypted run to go on with, whose devices have its keys."""
+    return options.resume and ((options.out / DEVICES).is_dir() or (options.out / CHECKPOINT).exists())
 
 
 def _over_backend(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,23 @@ from releasing import DAY_S, FILES, NOW, release_key
 
 from propolis.client.deliveries import Deliveries, Taking
 from propolis.client.keyholder import Keyholder
+from propolis.he_files import write_sealed_keys
 from propolis.link.certificates import Tls, load_tls
 from propolis.link.delivery import Release
 from propolis.link.options import DEVICE_OPTIONS, credentials_of
 from propolis.link.spool import Spools
+from propolis.protos import he_pb2, model_pb2_grpc
 from propolis.protos import model_pb2 as pb
-from propolis.protos import model_pb2_grpc
-from propolis.secure.identity import Roster
+from propolis.secure.he.held import KeyBundle, scheme_of
+from propolis.secure.he.keys import SealedKey, delegate_holder, make_key, seal_key, state_key
+from propolis.secure.he.parameters import choose
+from propolis.secure.identity import Root, Roster, SigningKey, descriptor_digest
 from propolis.secure.manifest import Kind, Manifest, Trial, Trust
-from propolis.secure.wire import fill
+from propolis.secure.secagg.device_state import DeviceState
+from propolis.secure.wire import decode, fill
 from propolis.server.delivery import Delivery
+from propolis.server.he_key import KEYS_FILE, PUBLIC_FILE
+from propolis.server.he_served import KEY_FOLDER, ServedKey
 from propolis.server.link import LinkOptions, LinkServer
 from propolis.server.membership import Membership
 from propolis.server.plaintext import PlainFile
@@ -50,6 +57,8 @@ class Site:
         self.key = release_key(self.root, serial)
         self.membership = Membership(self.server_folder)
         self.rollouts, self.reports = Rollouts(self.server_folder), Reports(self.server_folder)
+        self.key_folder = self.server_folder / KEY_FOLDER
+        self.he_key = ServedKey(self.key_folder, self.membership)
         self.address = ""
         self._sealed = 0
 
@@ -97,7 +106,7 @@ class Site:
     ) -> Iterator[LinkServer]:
         chosen = LinkOptions(**{"listen": "127.0.0.1:0", "run_id": 7, "run_config": {}, **options})
         delivery = Delivery(
-            Shelf(self.server_folder, self.membership, content_keys), self.membership, self.reports, rate
+            Shelf(self.server_folder, self.membership, content_keys), self.membership, self.reports, rate, self.he_key
         )
         post = Post(chosen.largest_message, Spools())
         tls = load_tls(self.server_folder)
@@ -141,6 +150,38 @@ class Site:
         credentials = credentials_of(tls or self.tls(index))
         with grpc.secure_channel(self.address, credentials, options=DEVICE_OPTIONS) as channel:
             yield model_pb2_grpc.DeliveryStub(channel)
+
+
+class KeyHolder:
+    """Who makes the federation's keys of homomorphic encryption, small ones.
+
+    Args:
+        root: that delegates it.
+        serial: by which the root takes that back.
+    """
+
+    def __init__(self, root: Root, serial: int = 1) -> None:
+        self.root, self._key = root, SigningKey.generate()
+        self._delegation = delegate_holder(root, serial, self._key.public, time.time(), DAY_S)
+
+    def bundles(self, number: int, devices: Sequence[DeviceState]) -> dict[int, bytes]:
+        """A new key with this number, for these devices."""
+        public, secret = make_key(self.root.federation, scheme_of(choose(10, 8, seeded=True)))
+        statement, made = state_key(self._key, public, number), dict[int, bytes]()
+        for state in devices:
+            digest = descriptor_digest(state.descriptor)
+            sealed = seal_key(public, secret, state.index, digest, state.own_descriptor.hpke_key)
+            made[state.index] = KeyBundle(self._delegation, statement, public.material, sealed).to_bytes()
+        return made
+
+
+def put_key(folder: Path, bundles: Mapping[int, bytes]) -> None:
+    """As the federation's owner copies a key's files to the server."""
+    folder.mkdir(exist_ok=True)
+    opened = [KeyBundle.from_bytes(bundle) for bundle in bundles.values()]
+    parts = [decode(SealedKey, each.sealed, he_pb2.SealedKey) for each in opened]
+    write_sealed_keys(folder / KEYS_FILE, parts[0].key_id, len(parts[0].sealed), parts)
+    (folder / PUBLIC_FILE).write_bytes(opened[0].published.to_bytes())
 
 
 def message_of(asked: object) -> Any:

@@ -217,3 +217,9 @@ def _ciphers(public: PublicKey, secret: Secret) -> tuple[Encryptor, Decryptor]:
 def _opened(bundle: KeyBundle, public: PublicKey, owner: Owner) -> HeldKey:
     """The key, opened once in a process: the devices of a simulation are asked again and again."""
     return HeldKey(public, open_key(bundle.sealed, public, owner.descriptor, owner.hpke_private), owner.index)
+
+
+def forget_opened() -> None:
+    """Let this process forget the keys that it has opened: those that are still needed are opened again."""
+    _opened.cache_clear()
+    _ciphers.cache_clear()

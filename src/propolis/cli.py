@@ -205,8 +205,9 @@ def _summary(result: dict[str, Any]) -> str:
     from propolis.size import format_bytes
 
     figures = [f"{name} {result[name]:.4f}" for name in ("accuracy", "loss") if result[name] is not None]
+    said = ", ".join(figures) or "trained encrypted"  # nobody here knows how well
     return (
-        f"{', '.join(figures)} after {len(result['history'])} rounds in {result['seconds']:.1f} s; "
+        f"{said} after {len(result['history'])} rounds in {result['seconds']:.1f} s; "
         f"{format_bytes(result['uplink_bytes'])} up, {format_bytes(result['downlink_bytes'])} down"
     )
 
@@ -250,7 +251,8 @@ def _say_result(result: dict[str, Any] | None, out: str, as_json: bool) -> None:
         typer.echo(json.dumps(result))
     elif result is not None:
         typer.echo(_summary(result))
-        typer.echo(f"result.json, model.safetensors and config.toml are in {out}")
+        model = "model.encrypted" if result["protection"] == "he" else "model.safetensors"
+        typer.echo(f"result.json, {model} and config.toml are in {out}")
         _say_registered(result)
 
 

@@ -7,15 +7,17 @@ one key     `SealedKey` of protos/he.proto, which is also what `propolis.secure.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from struct import Struct
 
 from propolis.protos import he_pb2 as pb
-from propolis.records import find_record, open_file, read_bytes, record_of
+from propolis.records import INDEX_BYTES, find_record, open_file, read_bytes, record_of
 from propolis.secure.errors import PeerError, Refusal, UsageError
 from propolis.secure.he.keys import LARGEST_SEALED, SealedKey
+from propolis.secure.he.published import LARGEST_PUBLISHED, Published
 from propolis.secure.identity import DIGEST_BYTES
 from propolis.secure.wire import decode, encode
 from propolis.storage import write_atomically
@@ -23,6 +25,12 @@ from propolis.storage import write_atomically
 _MAGIC = b"propolis he keys\x01"
 _HEAD = Struct(f">{len(_MAGIC)}sI{DIGEST_BYTES}s")
 _LARGEST_FILE = LARGEST_SEALED + 2**10
+
+
+def read_published(path: Path) -> Published:
+    """The public part of a key from a file, which proves nothing yet; raises UsageError, or PeerError if it is none."""
+    with open_file(path) as file:
+        return Published.from_bytes(read_bytes(file, LARGEST_PUBLISHED + 1))
 
 
 def write_sealed_keys(path: Path, key_id: bytes, size: int, keys: Iterable[SealedKey]) -> None:
@@ -66,6 +74,34 @@ def sealed_keys(path: Path, key_id: bytes) -> Iterator[SealedKey]:
                 raise UsageError(f"{path} is damaged: remove it, and all devices get theirs anew")
             last = index
             yield SealedKey(key_id, index, sealed)
+
+
+def sealed_indices(path: Path, key_id: bytes) -> frozenset[int] | None:
+    """Whom a key is sealed for in a file; None where there is none, or it is of another key.
+
+    Raises:
+        UsageError: the file cannot be read, or is no such file, or is cut.
+    """
+    if not path.exists():
+        return None
+    with open_file(path, follow=False) as file:
+        head = _head(read_bytes(file, _HEAD.size))
+        if head is None:
+            raise UsageError(f"{path} holds no sealed keys: copy it again from the key's holder")
+        size, found = head
+        if found != key_id:
+            return None
+        record = record_of(size)
+        count, cut = divmod(os.fstat(file.fileno()).st_size - _HEAD.size, record.size)
+        if cut:
+            raise UsageError(f"{path} is cut: copy it again from the key's holder")
+        indices = []
+        for number in range(count):
+            file.seek(_HEAD.size + number * record.size)
+            indices.append(int.from_bytes(read_bytes(file, INDEX_BYTES), "big"))
+        if sorted(set(indices)) != indices:
+            raise UsageError(f"{path} is damaged: copy it again from the key's holder")
+        return frozenset(indices)
 
 
 def read_sealed_key(path: Path, index: int, *, follow: bool = True) -> bytes:

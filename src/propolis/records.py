@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 from propolis.secure.errors import UsageError
 
+INDEX_BYTES = 4
+
 
 def record_of(size: int) -> Struct:
     """The form of a record: an index of 4 bytes, and `size` bytes."""

@@ -421,8 +421,8 @@ def test_the_deliveries_outlive_whatever_is_raised(site: Site, monkeypatch: pyte
         return await look(self, fetcher)
 
     monkeypatch.setattr(Deliveries, "_look", failing)
-    monkeypatch.setattr("propolis.client.deliveries._FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr("propolis.client.deliveries._LEAST_PAUSE_S", 0.01)
+    monkeypatch.setattr("propolis.client.asking._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("propolis.client.asking._LEAST_PAUSE_S", 0.01)
     rollout = site.release(1)
 
     async def run() -> None:

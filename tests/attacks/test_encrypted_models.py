@@ -174,7 +174,7 @@ LIES = [
     *(two_devices_as_five, fewer_than_there_are, more_than_there_are, no_plan, other_metrics, no_metrics),
     *(truncated, twice, random_bytes, random_residues, of_another_key),
     *(other_plan(run_id=bytes(16)), other_plan(round=1), other_plan(attempt=7), other_plan(kind=2, entries=())),
-    *(other_plan(roster_digest=bytes(32)), other_plan(max_weight=1.0), other_plan(key_id=bytes(32))),
+    *(other_plan(roster_digest=bytes(32)), other_plan(max_weight=1.0)),
 ]
 
 
@@ -190,6 +190,18 @@ def test_what_is_no_sum_as_declared_is_refused_by_all_with_one_code_and_not_decr
     said = {reply.error.code for reply in hive.wire.replies if reply.has_error()}
     assert {refusal_of(code) for code in said} == {Refusal.CIPHERTEXT}
     assert not decrypted
+
+
+def test_a_sum_under_a_key_that_a_device_has_not_is_refused_as_such(
+    hive: EncryptedHive, decrypted: list[bytes]
+) -> None:
+    """Which keys a device has is no secret, and what the ciphertext holds is not looked at."""
+    for crafting in (crafted, lambda _: {}):
+        decrypted.clear()
+        hive.lie(**other_plan(key_id=bytes(32))(hive), **crafting(hive))
+        with pytest.raises(TooFewPeersError, match="one said: encrypt: he-key"):
+            hive.round(**{"server-round": 9})
+        assert not decrypted
 
 
 def test_a_refused_model_costs_nobody_anything_but_the_attempt(hive: EncryptedHive) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,8 @@ import grpc
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from linked import Link, Raw, link_of
 
@@ -349,6 +352,33 @@ def test_a_revoked_device_is_put_out_at_once_and_stays_out(tmp_path: Path) -> No
         stubborn = Raw(link, link.tls(1))
         require_refused(stubborn.hello(link.node_id(1)), Reason.IDENTITY, "revoked")
         stubborn.close()
+
+
+def test_nobody_waits_for_the_answer_of_a_device_that_was_revoked(tmp_path: Path) -> None:
+    root, roster = founded(tmp_path)
+    app, begun = ClientApp(), threading.Event()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        begun.set()
+        time.sleep(20)
+        return Message(message.content, reply_to=message)
+
+    with Link(tmp_path, 3) as link:
+        link.start(0, 2)
+        link.start(1, app=app)
+
+        def revoke() -> None:
+            assert begun.wait(10)
+            replace_roster(tmp_path / "server", root.sign_roster(roster.revoking(1)))
+
+        threading.Thread(target=revoke).start()
+        began = time.monotonic()
+        replies = link.exchange(timeout=15)
+        assert time.monotonic() - began < 10
+        assert [reply.metadata.src_node_id for reply in replies if reply.has_error()] == [link.node_id(1)]
+        assert len(replies) == 3
+        assert len(link.exchange()) == 2
 
 
 def test_frames_of_the_welcome_are_checked_by_the_device() -> None:

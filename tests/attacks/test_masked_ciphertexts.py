@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from protocol import MOST_DEVICES, SHARED_INPUT, Cohort, Round, over_ciphertexts, pairwise_mask
 from secure_app import MODEL, Hive, answer, arrays_of, body_of, exchange_of, mean_shift, outcome_of
 
-from propolis.client.encrypted import _key_of, encrypt_under_masks
+from propolis.client.encrypted import _keys_of, encrypt_under_masks
 from propolis.client.state import MemoryStore
 from propolis.flower import with_content
 from propolis.messages import RECORD, broadcast_in, protocol_record, refusal_of
@@ -238,7 +238,7 @@ def constant(message: Message, index: int) -> RecordDict:
 def test_a_device_with_the_key_cannot_open_the_upload_of_another() -> None:
     hive = EncryptedHive(5, constant)
     hive.round()
-    key = _key_of(hive.stores[1])
+    key = _keys_of(hive.stores[1]).newest
     with pytest.raises(PeerError) as caught:
         key.open(stolen(hive, 0), 1)
     assert caught.value.refusal is Refusal.CIPHERTEXT
@@ -252,7 +252,7 @@ def test_without_masks_it_could() -> None:
     under_masks.set(False)
     hive = EncryptedHive(5, constant)
     hive.round()
-    key = _key_of(hive.stores[1])
+    key = _keys_of(hive.stores[1]).newest
     np.testing.assert_allclose(key.open(stolen(hive, 0), 1)[1].arrays["w"], np.ones_like(MODEL["w"]), atol=1e-3)
     made = scheme_of(hive.keys.public.parameters)
     slots = key._decryptor.decrypt(hive.uploads()[0].ciphertexts[: made.ciphertext_bytes])

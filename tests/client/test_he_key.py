@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Command
+from dying import die_at
 from enrolling import DAY_S
 from holding import NOW, SMALL, Holding, holding
 
-from propolis.client.he_key import install_he_key, load_he_key, read_published
+from propolis.client.he_folder import HE_FORMER_FILE, HE_KEY_FILE, MOST_FORMER, forget_former_keys, read_he_keys
+from propolis.client.he_key import install_he_key, load_he_key
 from propolis.client.seal import Seal
-from propolis.client.state import HE_KEY_FILE
-from propolis.he_files import read_sealed_key
+from propolis.he_files import read_published, read_sealed_key
 from propolis.secure.errors import PeerError, Refusal, StorageError, TrustError, UsageError
 from propolis.secure.he.bfv import Scheme
 from propolis.secure.he.held import KeyBundle
@@ -100,6 +101,57 @@ def test_an_older_key_is_refused_and_the_newer_one_stays(made: Holding) -> None:
     with pytest.raises(TrustError, match="an older one is refused"):
         install_he_key(made.folder / "device-0", made.device(0), *old, NOW)
     assert loaded(made) == newer
+
+
+def test_the_key_before_stays_beside_the_newer_one(made: Holding) -> None:
+    """A model under it may still come; a file that was there before the new key is whole whatever happens."""
+    seal = Seal(b"open sesame")
+    install(made, seal=seal)
+    first, home = loaded(made, seal=seal), made.folder / "device-0"
+    (home / HE_KEY_FILE).chmod(0o600)
+    made.issue(RENEW)
+    install(made, seal=seal)
+    install(made, seal=seal)
+    assert loaded(made, seal=seal) != first
+    newest, before = (KeyBundle.from_bytes(data) for data in read_he_keys(home, seal))
+    assert newest.number > before.number
+    assert before.material not in (home / HE_FORMER_FILE).read_bytes()
+    assert (home / HE_FORMER_FILE).stat().st_mode & 0o777 == 0o600
+    # The same key, sealed once more, is no key before itself.
+    (made.out / "he.keys").unlink()
+    made.issue(SMALL)
+    install(made, seal=seal)
+    assert len(read_he_keys(home, seal)) == 2
+    for _ in range(MOST_FORMER + 1):
+        made.issue(RENEW)
+        install(made, seal=seal)
+    assert len(read_he_keys(home, seal)) == 1 + MOST_FORMER
+    forget_former_keys(home)
+    assert len(read_he_keys(home, seal)) == 1
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_a_kill_at_any_instant_loses_no_key(made: Holding, step: int) -> None:
+    install(made)
+    first = loaded(made)
+    made.issue(RENEW)
+    die_at(step, lambda: install(made))
+    home = made.folder / "device-0"
+    kept = [KeyBundle.from_bytes(data).number for data in read_he_keys(home, None)]
+    assert first.number in kept  # type: ignore[attr-defined]
+    install(made)
+    assert [KeyBundle.from_bytes(data).number for data in read_he_keys(home, None)][1:] == [first.number]  # type: ignore[attr-defined]
+
+
+def test_a_damaged_file_of_former_keys_is_one_line(made: Holding) -> None:
+    install(made)
+    home = made.folder / "device-0"
+    (home / HE_FORMER_FILE).write_bytes(b"\xff")
+    with pytest.raises(StorageError, match="is damaged: remove it"):
+        read_he_keys(home, None)
+    made.issue(RENEW)
+    with pytest.raises(StorageError, match="is damaged: remove it"):
+        install(made)
 
 
 def test_two_keys_with_one_number_are_one_too_many(made: Holding) -> None:

@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from flwr.app import Context, Message, RecordDict
 from secure_app import Hive, metrics_of, outcome_of, require_mean
 
+from propolis.client.he_folder import HE_FORMER_FILE, HE_KEY_FILE
 from propolis.client.seal import Seal
-from propolis.client.state import HE_KEY_FILE, LOCK_FILE, STATE_FILE, DeviceStore, FileStore, MemoryStore
+from propolis.client.state import LOCK_FILE, STATE_FILE, DeviceStore, FileStore, MemoryStore
 from propolis.client.update import SecureMod
 from propolis.flower import set_identity
 from propolis.messages import RECORD, protocol_record, refusal_of
@@ -126,14 +127,14 @@ def test_two_processes_take_their_steps_one_by_one(federation: Federation, tmp_p
 CRASH = """
 import os, signal, sys
 from pathlib import Path
-from propolis.client import state
+from propolis.client import seal, state
 from propolis.secure.secagg.policy import Policy
-write = state.write_atomically
+write = seal.write_atomically
 def write_and_die(*arguments, **named):
     if sys.argv[1].endswith("after"):
         write(*arguments, **named)
     os.kill(os.getpid(), signal.SIGKILL)
-state.write_atomically = write_and_die
+seal.write_atomically = write_and_die
 print("ready", flush=True)
 sys.stdin.readline()
 def count(device):
@@ -167,7 +168,7 @@ def test_the_state_is_on_the_disk_before_the_reply_is_made(
     hello = hello_of(federation)
     assert not answer_of(store, hello).has_error()
     before = (tmp_path / "device" / STATE_FILE).read_bytes()
-    monkeypatch.setattr("propolis.client.state.write_atomically", full)
+    monkeypatch.setattr("propolis.client.seal.write_atomically", full)
     reply = answer_of(store, hello)
     assert refusal_of(reply.error.code) is Refusal.STORAGE
     assert reply.error.reason == "storage"
@@ -374,9 +375,14 @@ def test_a_key_of_homomorphic_encryption_is_under_the_devices_passphrase(tmp_pat
     seal = Seal(b"passphrase")
     FileStore.create(folder, make_federation(1).devices[0], seal)
     store = FileStore(folder, Policy(), seal)
-    assert store.he_key() is None
+    assert store.he_keys() == ()
     store.keep_he_key(b"a key of many bytes")
-    assert store.he_key() == b"a key of many bytes"
-    assert b"a key of many" not in (folder / HE_KEY_FILE).read_bytes()
+    assert store.he_keys() == (b"a key of many bytes",)
+    store.keep_he_key(b"another key of as many")
+    assert store.he_keys() == (b"another key of as many", b"a key of many bytes")
+    for file in (HE_KEY_FILE, HE_FORMER_FILE):
+        assert b"key of" not in (folder / file).read_bytes()
     with pytest.raises(StorageError):
-        FileStore(folder, Policy()).he_key()
+        FileStore(folder, Policy()).he_keys()
+    store.forget_former_he_keys()
+    assert store.he_keys() == (b"another key of as many",)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from encrypted_app import EncryptedHive, another_key, encrypted_federation, require_opened, sum_of, under_masks
+from encrypted_app import EncryptedHive, another_key, require_opened, sum_of, under_masks
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, FedProx, Strategy
@@ -186,15 +186,14 @@ def test_another_server_goes_on_from_the_state(seeded: bool) -> None:
     require_opened(hive.opened(), {n: a + mean_shift(range(4)) for n, a in MODEL.items()}, range(4), 1e-3)
 
 
-def test_a_state_that_is_no_encrypted_model_of_this_key_is_a_mistake() -> None:
+def test_a_state_that_is_no_encrypted_model_is_a_mistake() -> None:
     hive = EncryptedHive(3)
     hive.round()
     state = hive.grid.state()
     with pytest.raises(UsageError, match="holds no encrypted model"):
         hive.new_grid(FedAvg()).resume_from({}, {"model": state["model"][1:]})
-    other = EncryptedHive(3, federation=encrypted_federation(3, number=1))
-    with pytest.raises(UsageError, match="under another key"):
-        other.grid.resume_from({}, state)
+    with pytest.raises(UsageError, match="holds no encrypted model"):
+        hive.new_grid(FedAvg()).resume_from({}, {"evaluation": state["model"]})
 
 
 def with_state(message: Message, index: int) -> RecordDict:

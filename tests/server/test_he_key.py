@@ -17,14 +17,14 @@ from enrolling import DAY_S, Applicant, Site
 from holding import NOW, SMALL, Holding, holding
 
 from propolis.client.he_key import open_for
-from propolis.he_files import sealed_keys
+from propolis.he_files import read_published, sealed_keys
 from propolis.secure.errors import PeerError, Refusal, TrustError, UsageError
 from propolis.secure.he.keys import open_key, verify_holder
 from propolis.secure.he.published import accept_key
 from propolis.secure.identity import descriptor_digest
 from propolis.server.he_held import load_held
 from propolis.server.he_holder import load_holder_key, make_holder_key
-from propolis.server.he_key import Asked, load_public
+from propolis.server.he_key import Asked
 from propolis.server.release_key import make_release_key
 from propolis.server.roster import load_roster
 
@@ -153,7 +153,7 @@ def test_each_device_opens_its_part_of_a_key(made: Holding) -> None:
     assert (issued.is_new, issued.sealed, issued.devices) == (True, (0, 1), 2)
     parameters = issued.key.parameters
     assert (parameters.clients, parameters.value_bits, parameters.seeded) == (10, 16, True)
-    _, accepted = load_public(made.out / "he.public", made.trust, NOW)
+    accepted = accept_key(read_published(made.out / "he.public"), made.trust, NOW)
     assert (accepted.key, accepted.number, accepted.serial) == (issued.key, issued.number, 1)
     opened = [open_for(made.device(index), made.published, made.sealed(index), NOW) for index in (0, 1)]
     assert opened[0].secret == opened[1].secret
@@ -212,9 +212,9 @@ def test_swapped_public_material_is_refused(made: Holding, tmp_path: Path) -> No
         open_for(made.device(0), before, made.sealed(0), NOW)
     (made.out / "he.public").write_bytes(b"\xff")
     with pytest.raises(PeerError):
-        load_public(made.out / "he.public", made.trust, NOW)
+        read_published(made.out / "he.public")
     with pytest.raises(UsageError, match="cannot read"):
-        load_public(made.out / "nothing", made.trust, NOW)
+        read_published(made.out / "nothing")
 
 
 # Newcomers, and who leaves.

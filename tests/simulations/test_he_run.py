@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from propolis.client.train import LocalTrainer
 from propolis.client.update import SecureMod
 from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.secure.he import bfv
+from propolis.secure.he.keys import PublicKey
+from propolis.secure.he.messages import EncryptedSum
 from propolis.secure.secagg.policy import Policy
 from propolis.server.app import FederatedRun, Members, initial_model
 from propolis.server.checkpoint import RunState
@@ -153,9 +157,9 @@ def test_a_run_that_was_killed_before_it_could_report_is_reported_when_it_is_res
 def test_without_its_devices_keys_a_run_cannot_be_resumed(tmp_path: Path, mistake: Any) -> None:
     simulate(job(rounds=1), RunOptions(tmp_path))
     (tmp_path / "devices").rename(tmp_path / "elsewhere")
-    assert "under another key" in mistake("simulate", "--resume", tmp_path, "--rounds", 2)
-    (tmp_path / "devices").mkdir()
-    assert "does not hold the devices of the run" in mistake("simulate", "--resume", tmp_path, "--rounds", 2)
+    for make in (lambda: None, (tmp_path / "devices").mkdir):
+        make()
+        assert "does not hold the devices of the run" in mistake("simulate", "--resume", tmp_path, "--rounds", 2)
 
 
 def test_another_runs_folder_is_left_alone(tmp_path: Path) -> None:
@@ -210,9 +214,11 @@ def test_a_round_below_the_devices_floor_is_tried_again_then_reported(tmp_path: 
     assert len(failed["retries"]) == 2
 
 
-def blobs_run(settings: Settings) -> tuple[FederatedRun, LocalGrid, Witness]:
+def blobs_run(
+    settings: Settings, room: int | None = None, newest_key: Callable[[PublicKey], PublicKey] | None = None
+) -> tuple[FederatedRun, LocalGrid, Witness]:
     """A run over a model with batch norm and a frozen array, whose devices are all in this process."""
-    federation = make_federation(settings.clients, settings.seed, parameters_of(settings, settings.clients))
+    federation = make_federation(settings.clients, settings.seed, parameters_of(settings, room or settings.clients))
     assert federation.he is not None
     stores = DevicesInMemory(federation.devices, federation.he.bundles)
 
@@ -226,7 +232,9 @@ def blobs_run(settings: Settings) -> tuple[FederatedRun, LocalGrid, Witness]:
 
         return make_client_app(participant, [SecureMod(stores)])
 
-    task, members = Blobs(), Members(federation.verified_roster, 240.0, he_key=federation.he.public)
+    key = federation.he.public
+    newest = partial(newest_key, key) if newest_key else None
+    task, members = Blobs(), Members(federation.verified_roster, 240.0, he_key=key, newest_key=newest)
     run = FederatedRun(settings, task, task.data().test, device=CPU, members=members)
     witness = Witness(federation, task, task.data().test, CPU, None)
     return run, LocalGrid(load, settings.clients), witness
@@ -248,6 +256,31 @@ def test_counters_stay_exact_statistics_stay_valid_and_frozen_parameters_stay(tm
     np.testing.assert_array_equal(arrays["0.bias"], start.arrays["0.bias"])
     assert {name: a.dtype for name, a in arrays.items()} == {name: a.dtype for name, a in start.arrays.items()}
     assert report["accuracy"] > 0.75
+
+
+def test_a_round_asks_no_more_devices_than_its_key_has_room_for() -> None:
+    """More may connect in the middle of a run, which goes on; who is in a round differs from one to the next."""
+    run, grid, _ = blobs_run(job(clients=5, rounds=4, min_clients=3), room=3)
+    state = run.run(grid)
+    assert [(record.survivors, record.dropped) for record in state.history] == [(3, 0)] * 4
+    assert len({EncryptedSum.from_bytes(state.grid[name].tobytes()).devices for name in ("model", "before")}) == 2
+
+
+def test_an_evaluation_is_left_out_while_there_is_no_key_that_it_may_be_under() -> None:
+    """A device is revoked while the others train: the next exchange would be under a key that it has."""
+    asked = list[int]()
+
+    def newest_key(key: PublicKey) -> PublicKey:
+        asked.append(1)
+        if len(asked) in (2, 3):
+            raise UsageError("lab is revoked and has the key")
+        return key
+
+    run, grid, _ = blobs_run(job(clients=3, rounds=1, evaluate_fraction=1.0), newest_key=newest_key)
+    assert "evaluation" not in run.run(grid).grid
+    assert len(asked) == 2
+    run, grid, _ = blobs_run(job(clients=3, rounds=1, evaluate_fraction=1.0), newest_key=lambda key: key)
+    assert "evaluation" in run.run(grid).grid
 
 
 def test_devices_lost_at_any_exchange_leave_a_run_that_learns() -> None:
@@ -313,10 +346,6 @@ def test_combinations_that_make_no_sense_are_one_line(changes: dict[str, Any], w
 
 def test_a_mistake_in_the_flags_is_one_line(mistake: Any) -> None:
     assert "use fedavg or fedprox" in mistake("simulate", "--protection", "he", "--strategy", "fedadam")
-
-
-def test_real_devices_are_not_trained_encrypted_yet(tmp_path: Path, mistake: Any) -> None:
-    assert "protection he is for simulated devices" in mistake("server", "--protection", "he")
 
 
 def test_without_tenseal_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

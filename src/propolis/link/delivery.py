@@ -8,6 +8,7 @@ from enum import IntEnum
 from propolis.package import Header
 from propolis.secure.content import WrappedKey
 from propolis.secure.envelope import SEALED_CHUNK_BYTES
+from propolis.secure.he.held import LARGEST_BUNDLE
 from propolis.secure.identity import DIGEST_BYTES, Signed
 from propolis.secure.release import LARGEST_NUMBER, LONGEST_MODEL_NAME
 from propolis.secure.wire import between, many, sized, version_field
@@ -131,4 +132,20 @@ class ReportRequest:
 class ReportReply:
     """It is noted."""
 
+    version: int = version_field()
+
+
+@dataclass(frozen=True, slots=True)
+class HeKeyRequest:
+    """This device's part of the key of homomorphic encryption, unless it has that of this id, please."""
+
+    have: bytes = sized(0, DIGEST_BYTES)
+    version: int = version_field()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class HeKeyReply:
+    """A `KeyBundle`; nothing where the server has no key, or the device has it."""
+
+    bundle: bytes = sized(0, LARGEST_BUNDLE)
     version: int = version_field()
