@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
@@ -25,12 +26,13 @@ from propolis.messages import (
     emptied_shapes,
     encrypted_input_of,
     fill_arrays,
+    model_digest,
     model_in,
     without_record,
 )
 from propolis.secure.codec.lanes import LANES
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TrustError, UsageError
-from propolis.secure.he.held import EncodedUpdate, HeldKey, Owner, forget_opened, held_key
+from propolis.secure.he.held import Assignment, EncodedUpdate, HeldKey, Owner, forget_opened, held_key
 from propolis.secure.he.layout import Opened, Sample
 from propolis.secure.he.messages import EncryptedPlan, EncryptedSum
 from propolis.secure.he.tag import refused
@@ -79,20 +81,21 @@ def encrypt_update(
     """
     if store.policy.require_masks:
         raise PeerError(Refusal.POLICY, "this device asks for masks on what it encrypts")
-    task = _opened_task(store, EncryptedPlan.from_bytes(request), message)
+    asked = _Asked.of(store, EncryptedPlan.from_bytes(request), message)
 
     def begin(device: Device) -> bytes:
-        plan = task.plan
+        plan = asked.plan
         require_roster(device.roster(), plan.roster_number, plan.roster_digest)
         device.require_weight(plan.weight_key)
         name = (plan.round, plan.attempt)
         device.require_new(plan.run_id, name)
-        # From here on this attempt is answered: two uploads for it would tell of the tags' key.
+        # From here on this attempt is answered: two uploads for it would tell of the tags' key, and whether a model of
+        # the server's choice opens, or what comes of it, is told once for each attempt.
         device.state.note_attempt(plan.run_id, name)
         return device.rounding_seed(plan.kind, plan.round)
 
     seed = store.change(begin)
-    return _encoded_update(store, task, seed, message, context, call_next).masked(())
+    return _encoded_update(store, asked, _opened(store, asked), seed, context, call_next).masked(())
 
 
 def encrypt_under_masks(
@@ -113,26 +116,26 @@ def encrypt_under_masks(
     """
     plan = EncryptedPlan.from_bytes(terms.plan.encrypted)
     _require_same_attempt(plan, terms.plan)
-    content, broadcast = without_record(message.content), broadcast_in(message.content)
-    task = _opened_task(store, plan, message)
-    model, shared_input = encrypted_input_of(content, broadcast, message.metadata.group_id)
+    asked = _Asked.of(store, plan, message)
 
     def begin(device: Device) -> tuple[bytes | None, bytes]:
         if device.terms.bytes != terms.bytes:
             raise PeerError(Refusal.PHASE, "another round has begun")
         device.require_weight(plan.weight_key)
-        device.require_reveals_left(model)
-        return device.begin_upload(request, shared_input), device.rounding_seed(plan.kind, plan.round)
+        return device.begin_upload(request, asked.shared_input), device.rounding_seed(plan.kind, plan.round)
 
     stored, seed = store.change(begin)
     if stored is not None:
         return stored
+    content = _opened(store, asked)
+    model = model_digest(model_in(content))
+    store.change(lambda device: device.require_reveals_left(model, terms.kind))
     try:
-        update = _encoded_update(store, task, seed, message, context, call_next)
+        update = _encoded_update(store, asked, content, seed, context, call_next)
     except Exception:  # whatever it is, that there is one says something of the data
-        store.change(lambda device: device.count_reveal(model))
+        store.change(lambda device: device.count_reveal(model, terms.kind))
         raise
-    upload = Upload(shared_input, model, update, LANES.zeros(0), ())
+    upload = Upload(asked.shared_input, model, update, LANES.zeros(0), ())
     return store.change(lambda device: device.upload(request, upload))
 
 
@@ -185,65 +188,83 @@ def open_model_file(store: DeviceStore, path: Path) -> OpenedModel:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class _Opened:
-    """What a device is asked to do, once it has opened the model.
+class _Asked:
+    """What a device is asked to do, before it opens anything.
 
     Attributes:
         plan: of the attempt.
-        key: that it encrypts under.
-        content: for the app, with the model.
-        model: the arrays.
-        is_first: whether the model is the public one that a run begins with.
+        keys: the device's; it encrypts under the newest.
+        message: from the server.
+        broadcast: the encrypted model; empty in a first round.
+        shared_input: digest of the model and all else in the message.
     """
 
     plan: EncryptedPlan
-    key: HeldKey
-    content: RecordDict
-    model: Arrays
-    is_first: bool
+    keys: _Keys
+    message: Message
+    broadcast: bytes
+    shared_input: bytes
+
+    @classmethod
+    def of(cls, store: DeviceStore, plan: EncryptedPlan, message: Message) -> Self:
+        """Look at a message; raises PeerError or TrustError where that is enough to refuse it."""
+        keys = _keys_of(store)
+        keys.newest.require_plan(plan)
+        store.change(lambda device: device.require_trusted_key(plan.key_id))
+        broadcast = broadcast_in(message.content)
+        _, shared_input = encrypted_input_of(without_record(message.content), broadcast, message.metadata.group_id)
+        asked = cls(plan, keys, message, broadcast, shared_input)
+        asked.update.require_type(message)
+        return asked
 
     @property
-    def asked(self) -> Asked:
+    def update(self) -> Asked:
         """What is to come back."""
         return Asked(Kind(self.plan.kind), self.plan.weight_key, frozenset(entry.name for entry in self.plan.entries))
 
 
-def _opened_task(store: DeviceStore, plan: EncryptedPlan, message: Message) -> _Opened:
-    """Open the model in a message, which is that of a round of this plan; raises PeerError or TrustError."""
-    broadcast = broadcast_in(message.content)
-    keys = _keys_of(store)
-    key = keys.newest
-    key.require_plan(plan)
-    content = without_record(message.content)
-    if broadcast:
-        made_by, opened = keys.open(EncryptedSum.from_bytes(broadcast), store.policy.min_cohort)
+def _opened(store: DeviceStore, asked: _Asked) -> RecordDict:
+    """What the application put into the message, with the model; raises PeerError or TrustError."""
+    content = without_record(asked.message.content)
+    if asked.broadcast:
+        made_by, opened = _opened_broadcast(store, asked)
         content = _with_model(content, made_by, opened)
-        if made_by.key_id == plan.key_id and keys.kept > 1:  # the federation has moved on to the newest
+        if made_by.key_id == asked.plan.key_id and asked.keys.kept > 1:  # the federation has moved on to the newest
             store.forget_former_he_keys()
             forget_opened()
-    task = _Opened(plan, key, content, model_in(content), not broadcast)
-    task.asked.require_type(message)
-    _require_arrays(plan, task.model)
-    return task
+    _require_arrays(asked.plan, model_in(content))
+    return content
+
+
+def _opened_broadcast(store: DeviceStore, asked: _Asked) -> tuple[EncryptedPlan, Opened]:
+    """The model that came encrypted. What is none is counted: who tries forgeries shall not go on for ever."""
+    total = EncryptedSum.from_bytes(asked.broadcast)
+    if total.frozen:
+        raise PeerError(Refusal.MALFORMED, "what training leaves alone does not come with the encrypted model")
+    key_id = EncryptedPlan.key_in(total.plan)
+    store.change(lambda device: device.require_trusted_key(key_id))
+    try:
+        made_by, opened = asked.keys.open(total, store.policy.min_cohort)
+        if made_by.kind != Kind.TRAIN:
+            raise refused()
+        return made_by, opened
+    except PeerError:
+        store.change(lambda device: device.state.count_refused_sum(key_id))
+        raise
 
 
 def _encoded_update(
-    store: DeviceStore,
-    task: _Opened,
-    seed: bytes,
-    message: Message,
-    context: Context,
-    call_next: ClientAppCallable,
+    store: DeviceStore, asked: _Asked, content: RecordDict, seed: bytes, context: Context, call_next: ClientAppCallable
 ) -> EncodedUpdate:
     """Let the app train, or evaluate, and make integers of what it answers; raises PeerError."""
-    asked, old = task.asked, task.model
-    message.content = task.content
-    update = trained_update(message, context, call_next, old, asked, store.policy)
+    expected, old, message = asked.update, model_in(content), asked.message
+    message.content = content
+    update = trained_update(message, context, call_next, old, expected, store.policy)
     arrays = {name: old[name].astype(np.float64) + change for name, change in update.changes.items()}
-    held = {name: array.astype(np.float64) for name, array in old.items() if name in asked.names}
+    held = {name: array.astype(np.float64) for name, array in old.items() if name in expected.names}
     rng = np.random.default_rng(int.from_bytes(seed, "big"))
-    sample = Sample(arrays, update.weight, update.metrics)
-    return task.key.encoded(task.plan, sample, held, task.is_first, rng)
+    assignment = Assignment(asked.plan, held, not asked.broadcast, asked.shared_input)
+    return asked.keys.newest.encoded(assignment, Sample(arrays, update.weight, update.metrics), rng)
 
 
 def _require_same_attempt(plan: EncryptedPlan, around: Plan) -> None:
@@ -276,10 +297,7 @@ class _Keys:
             PeerError: see `HeldKey.open`.
             TrustError: the device has no such key.
         """
-        try:
-            key_id = EncryptedPlan.from_bytes(total.plan).key_id
-        except PeerError:
-            raise refused() from None
+        key_id = EncryptedPlan.key_in(total.plan)
         for key in (self.newest, *self.former):
             if key.public.key_id == key_id:
                 return key.open(total, floor)

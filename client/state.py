@@ -42,6 +42,7 @@ _POLICY_KEYS: dict[str, str] = {
     "propolis-require-malicious": "require_malicious",
     "propolis-require-encryption": "require_encryption",
     "propolis-require-masks": "require_masks",
+    "propolis-max-refused-sums": "max_refused_sums",
     "propolis-allow-unprotected": "allow_unprotected",
 }
 

@@ -151,7 +151,7 @@ def _upload(
         asked = Asked.of(terms)
         asked.require_type(message)
         asked.require_names(old, exactly=False)
-        device.require_reveals_left(model)
+        device.require_reveals_left(model, terms.kind)
         pipeline = Pipeline(terms.encoding, len(terms.cohort), shapes_of(old), old)
         device.require_share(pipeline.support)
         place = terms.place(device.state.index)
@@ -174,7 +174,7 @@ def _upload(
         rng = np.random.default_rng(int.from_bytes(seed, "big"))
         vector, lanes, metrics = encode_update(update, pipeline, place, rng)
     except Exception:  # whatever it is, that there is one says something of the data
-        store.change(lambda device: device.count_reveal(model))
+        store.change(lambda device: device.count_reveal(model, terms.kind))
         raise
     upload = Upload(shared_input, model, RingVector(vector, terms.grid.ring), lanes, metrics)
     return store.change(lambda device: device.upload(request, upload))

@@ -132,17 +132,19 @@ class EncryptedUpload(_message.Message):
     def __init__(self, version: _Optional[int] = ..., round_tag: _Optional[bytes] = ..., metrics: _Optional[_Iterable[str]] = ..., ciphertexts: _Optional[bytes] = ...) -> None: ...
 
 class EncryptedSum(_message.Message):
-    __slots__ = ("version", "plan", "alive", "metrics", "ciphertexts", "frozen")
+    __slots__ = ("version", "plan", "alive", "metrics", "ciphertexts", "shared_input", "frozen")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     CIPHERTEXTS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_INPUT_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     version: int
     plan: bytes
     alive: bytes
     metrics: _containers.RepeatedScalarFieldContainer[str]
     ciphertexts: bytes
+    shared_input: bytes
     frozen: bytes
-    def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., alive: _Optional[bytes] = ..., metrics: _Optional[_Iterable[str]] = ..., ciphertexts: _Optional[bytes] = ..., frozen: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., alive: _Optional[bytes] = ..., metrics: _Optional[_Iterable[str]] = ..., ciphertexts: _Optional[bytes] = ..., shared_input: _Optional[bytes] = ..., frozen: _Optional[bytes] = ...) -> None: ...

@@ -286,7 +286,7 @@ class ServerState(_message.Message):
     def __init__(self, version: _Optional[int] = ..., plan: _Optional[bytes] = ..., uploading: bool = ..., fixed_lanes: _Optional[int] = ..., members: _Optional[_Iterable[_Union[ServerState.Member, _Mapping]]] = ..., total: _Optional[bytes] = ..., lanes: _Optional[bytes] = ..., metrics: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeviceState(_message.Message):
-    __slots__ = ("version", "root_key", "signing_private", "hpke_private", "descriptor", "roster", "prekey_number", "prekey_private", "rounding_secret", "runs", "peers", "reveals", "round", "plan", "model", "answers", "refused_sums")
+    __slots__ = ("version", "root_key", "signing_private", "hpke_private", "descriptor", "roster", "prekey_number", "prekey_private", "rounding_secret", "runs", "peers", "reveals", "round", "plan", "model", "answers", "refused_sums", "forgotten")
     class Run(_message.Message):
         __slots__ = ("run_id", "round", "attempt")
         RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -349,6 +349,7 @@ class DeviceState(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_SUMS_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
     version: int
     root_key: bytes
     signing_private: bytes
@@ -366,4 +367,5 @@ class DeviceState(_message.Message):
     model: bytes
     answers: _containers.RepeatedCompositeFieldContainer[DeviceState.Answer]
     refused_sums: _containers.RepeatedCompositeFieldContainer[DeviceState.RefusedSums]
-    def __init__(self, version: _Optional[int] = ..., root_key: _Optional[bytes] = ..., signing_private: _Optional[bytes] = ..., hpke_private: _Optional[bytes] = ..., descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., roster: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., prekey_number: _Optional[int] = ..., prekey_private: _Optional[bytes] = ..., rounding_secret: _Optional[bytes] = ..., runs: _Optional[_Iterable[_Union[DeviceState.Run, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[DeviceState.Peer, _Mapping]]] = ..., reveals: _Optional[_Iterable[_Union[DeviceState.Reveal, _Mapping]]] = ..., round: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., model: _Optional[bytes] = ..., answers: _Optional[_Iterable[_Union[DeviceState.Answer, _Mapping]]] = ..., refused_sums: _Optional[_Iterable[_Union[DeviceState.RefusedSums, _Mapping]]] = ...) -> None: ...
+    forgotten: int
+    def __init__(self, version: _Optional[int] = ..., root_key: _Optional[bytes] = ..., signing_private: _Optional[bytes] = ..., hpke_private: _Optional[bytes] = ..., descriptor: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., roster: _Optional[_Union[_identity_pb2.Signed, _Mapping]] = ..., prekey_number: _Optional[int] = ..., prekey_private: _Optional[bytes] = ..., rounding_secret: _Optional[bytes] = ..., runs: _Optional[_Iterable[_Union[DeviceState.Run, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[DeviceState.Peer, _Mapping]]] = ..., reveals: _Optional[_Iterable[_Union[DeviceState.Reveal, _Mapping]]] = ..., round: _Optional[bytes] = ..., plan: _Optional[bytes] = ..., model: _Optional[bytes] = ..., answers: _Optional[_Iterable[_Union[DeviceState.Answer, _Mapping]]] = ..., refused_sums: _Optional[_Iterable[_Union[DeviceState.RefusedSums, _Mapping]]] = ..., forgotten: _Optional[int] = ...) -> None: ...

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 
-from propolis.messages import RECORD, Arrays, with_model_elsewhere
+from propolis.messages import RECORD, Arrays, encrypted_input_of, with_model_elsewhere
 from propolis.secure.errors import PeerError, Refusal, TooFewPeersError, UsageError
 from propolis.secure.he.held import scheme_of
 from propolis.secure.he.keys import PublicKey
@@ -41,6 +41,8 @@ from propolis.server.protected_grid import HANDSHAKE_S, Attempts, ProtectedGrid
 from propolis.server.secure_round import say_hello
 
 _MOST_NAMED = 20
+# What devices say where nothing can be done with the model: not a sum, or one that no round can go on from.
+_OF_A_SPOILT_MODEL = (Refusal.CIPHERTEXT, Refusal.NOT_FINITE, Refusal.TRAINING_FAILED, Refusal.WEIGHT)
 _log = logging.getLogger("propolis.server")
 
 
@@ -179,7 +181,9 @@ class HeGrid(ProtectedGrid):
         collected = self._recalled(batch) or self._collected(batch, channel)
         alive = to_bitmap(collected.alive, len(self._roster.roster.entries))
         summed = collected.summed
-        total = EncryptedSum(collected.plan.encoded, alive, summed.metrics, summed.ciphertexts)
+        total = EncryptedSum(
+            collected.plan.encoded, alive, summed.metrics, summed.ciphertexts, self._shared_input(batch)
+        )
         if batch.kind is Kind.TRAIN:
             self._before, self.model = [self.model], total
         else:
@@ -215,15 +219,22 @@ class HeGrid(ProtectedGrid):
                 self._metrics[batch.kind] = Counter(total.offered).most_common(1)[0][0]
         return collected
 
+    def _shared_input(self, batch: Batch) -> bytes:
+        """Digest of what devices are given."""
+        content = self._content(batch)
+        return encrypted_input_of(content.records, content.broadcast, batch.messages[0].metadata.group_id)[1]
+
     def _step_back(self, kind: Kind, channel: Channel, asked: int) -> str:
         """Go back to the model before where so many devices refuse this one that no round can go on from it.
 
         It is a sum of fewer devices than they insist on, or one of them has sent what was no update, which nobody but
-        who has the key can see. `asked` are those that have the keys to judge it. Returns what to say of it.
+        who has the key can see; or one that can be opened, and that nothing can be trained from. It takes more than
+        half of the devices. `asked` are those that have the keys to judge it. Returns what to say of it.
         """
-        refusals = sum(refusal is Refusal.CIPHERTEXT for refusal in channel.refusals.values())
+        signs = _OF_A_SPOILT_MODEL if kind is Kind.TRAIN else _OF_A_SPOILT_MODEL[:1]
+        refusals = sum(refusal in signs for refusal in channel.refusals.values())
         is_in_the_way = asked - refusals < self._encryption.min_clients <= asked
-        if not is_in_the_way or kind is not Kind.TRAIN or not self._before:
+        if not is_in_the_way or 2 * refusals <= asked or not self._before:
             return ""
         self.model = self._before.pop()
         return f", {refusals} refused the model of the round before, which is therefore given up"

@@ -111,12 +111,14 @@ class MaskedRounds:
         if recalled is None:
             return None
         before, server = recalled
-        if before.shared_input != encrypted_input_of(content.records, content.broadcast, _group_of(batch))[1]:
+        model, shared_input = encrypted_input_of(content.records, content.broadcast, _group_of(batch))
+        if before.shared_input != shared_input:
             return None
         try:
             summed, _ = server.sum(before.shared_input)
         except (PeerError, TooFewPeersError):
             return None
+        self._published.remember(batch.kind, model, server.alive)
         return Collected(EncryptedPlan.from_bytes(server.terms.plan.encrypted), server.alive, summed)
 
     def _plan(self, plan: EncryptedPlan, cohort: Collection[int], roster: TrustedRoster) -> Plan:

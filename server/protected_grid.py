@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
@@ -13,12 +14,12 @@ from numpy.typing import NDArray
 
 from propolis.secure.errors import TooFewPeersError, UsageError
 from propolis.secure.identity import TrustedRoster
+from propolis.secure.secagg.runs import new_run_id
 from propolis.server.batch import Batch
 from propolis.server.exchange import GridWrapper
 
 # Exchanges without training take no longer than this, whatever a round's deadline is.
 HANDSHAKE_S = 120.0
-_RUN_ID_BYTES = 16
 _log = logging.getLogger("flwr")
 
 
@@ -26,13 +27,13 @@ class Attempts:
     """The names of a run's attempts: (run_id, round, attempt) rises and never comes twice.
 
     Attributes:
-        run_id: 16 random bytes.
+        run_id: see `propolis.secure.secagg.runs`.
         number: the round, as the application counts.
         attempt: within the round.
     """
 
     def __init__(self) -> None:
-        self.run_id = os.urandom(_RUN_ID_BYTES)
+        self.run_id = new_run_id(time.time(), os.urandom)
         self.number = self.attempt = 0
 
     def next(self, server_round: int | None) -> None:

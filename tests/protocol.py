@@ -47,6 +47,7 @@ from propolis.secure.secagg.messages import (
 from propolis.secure.secagg.plan import Encoding, Kind, Plan, Terms
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.preparation import delivery_path_size
+from propolis.secure.secagg.runs import new_run_id
 from propolis.secure.secagg.server import SecAggServer
 from propolis.secure.shamir import SHARE_BYTES
 from propolis.simulations.federation import Federation, make_federation
@@ -84,6 +85,11 @@ def plain_encoding(
     return Encoding(width, grid.step, grid.levels, max_weight, weight_key, quantized, exact)
 
 
+def another_run(name: bytes = b"another ") -> bytes:
+    """The name of a run that began today; the same one in all processes of the tests."""
+    return new_run_id(time.time() // 86400 * 86400, lambda size: name[:size])
+
+
 # What a sum is over is the same protocol: vectors in a ring, or ciphertexts; a fixture of the attacks chooses.
 over_ciphertexts = ContextVar("over_ciphertexts", default=False)
 MOST_DEVICES = 128
@@ -100,7 +106,7 @@ class Cohort:
     def __init__(self, devices: int, policy: Policy = UNLIMITED, federation: Federation | None = None) -> None:
         self.federation = federation or make_federation(devices)
         self.policy = policy
-        self.run_id = os.urandom(16)
+        self.run_id = new_run_id(time.time(), os.urandom)
         self.now = time.time()
         self.signed_roster = self.federation.roster
 
@@ -229,7 +235,9 @@ class Round:
     @property
     def _tags(self) -> Tags:
         made = scheme(MOST_DEVICES)
-        return tags(made, made.parameters.ciphertexts(self._layout.count), self._encrypted_plan.round_id(()))
+        return tags(
+            made, made.parameters.ciphertexts(self._layout.count), self._encrypted_plan.round_id((), SHARED_INPUT)
+        )
 
     def opened(self, summed: Summed) -> Any:
         """What a sum of ciphertexts says to who has the key; raises PeerError where it is not that of the alive."""

@@ -86,6 +86,23 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class Assignment:
+    """What a device is asked to encrypt its part of.
+
+    Attributes:
+        plan: of the attempt.
+        model: the arrays of the global model by name.
+        is_first: whether that is the public one that a run begins with.
+        shared_input: digest of the model and all else that the devices were given, 32 bytes.
+    """
+
+    plan: EncryptedPlan
+    model: Arrays
+    is_first: bool
+    shared_input: bytes
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class EncodedUpdate:
     """A device's integers, and what encrypts them; a `propolis.secure.secagg.addition.Addend`."""
 
@@ -122,25 +139,22 @@ class HeldKey:
         if plan.key_id != self.public.key_id:
             raise TrustError(Refusal.HE_KEY, "the round is under another key than this device's")
 
-    def encoded(
-        self, plan: EncryptedPlan, sample: Sample, model: Arrays, first: bool, rng: np.random.Generator
-    ) -> EncodedUpdate:
+    def encoded(self, assignment: Assignment, sample: Sample, rng: np.random.Generator) -> EncodedUpdate:
         """What a device has to say, ready to be encrypted; a plan must never be answered twice.
 
         Args:
-            plan: of the attempt.
+            assignment: what it was asked to do.
             sample: what the device has to say.
-            model: the global model that it trained.
-            first: whether that is the public one that a run begins with.
             rng: for the rounding.
 
         Raises:
             PeerError: see `Layout.encode`.
         """
-        names = tuple(sorted(sample.metrics))
+        plan, names = assignment.plan, tuple(sorted(sample.metrics))
         layout = layout_of(plan, names, self.public.parameters)
-        values = layout.encode(sample, model, first, rng)
-        return EncodedUpdate(plan.tag, names, values, self._encryptor, self._tags(plan, names, layout), self._device)
+        values = layout.encode(sample, assignment.model, assignment.is_first, rng)
+        tags = self._tags(plan.round_id(names, assignment.shared_input), layout)
+        return EncodedUpdate(plan.tag, names, values, self._encryptor, tags, self._device)
 
     def open(self, total: EncryptedSum, floor: int) -> tuple[EncryptedPlan, Opened]:
         """The sum of a round: the plan that it was made under, and what it says.
@@ -161,16 +175,16 @@ class HeldKey:
 
     def _sums(self, plan: EncryptedPlan, total: EncryptedSum, floor: int) -> NDArray[np.int64]:
         layout = layout_of(plan, total.metrics, self.public.parameters)
-        tags = self._tags(plan, total.metrics, layout)
+        tags = self._tags(plan.round_id(total.metrics, total.shared_input), layout)
         size = self._scheme.ciphertext_bytes + tag_bytes(self.public.parameters)
         if len(total.ciphertexts) != size * tags.chunks:
             raise refused()
         declared = Declared(total.devices, floor, layout.count)
         return open_vector(pieces(total.ciphertexts, size), self._decryptor, tags, declared)
 
-    def _tags(self, plan: EncryptedPlan, metrics: Sequence[str], layout: Layout) -> Tags:
+    def _tags(self, round_id: bytes, layout: Layout) -> Tags:
         parameters = self.public.parameters
-        return Tags(self._mac_key, plan.round_id(tuple(metrics)), parameters, parameters.ciphertexts(layout.count))
+        return Tags(self._mac_key, round_id, parameters, parameters.ciphertexts(layout.count))
 
 
 def held_key(data: bytes, root_key: bytes, roster: TrustedRoster, owner: Owner, now: float) -> HeldKey:

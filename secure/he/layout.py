@@ -142,6 +142,8 @@ class Layout:
         fixed = self._lanes - len(self._metrics)
         arrays = _arrays(sums[: self._grid] * (steps / share), self._coarse)
         arrays |= _arrays(lanes[_HEAD_LANES:fixed] / share, self._exact)
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise PeerError(Refusal.CIPHERTEXT, "a value of the mean is too large for its type")
         metrics = dict(zip(self._metrics, (float(lane) / share for lane in lanes[fixed:]), strict=True))
         return Opened(
             {entry.name: arrays[entry.name] for entry in self._plan.entries},
@@ -155,8 +157,9 @@ class Layout:
         if not (isfinite(weight) and weight > 0):
             raise PeerError(Refusal.WEIGHT, f"the weight must be positive and finite, got {weight:g}")
         # Cut and not refused: a refusal would tell the server whether the weight is above a bound of its choice.
-        share = min(weight / self._plan.max_weight, 1.0)
-        return max(1, round(share / _LANE_STEP)) * _LANE_STEP
+        # Likewise a tiny one is raised to what no sum is refused for.
+        share = min(max(weight / self._plan.max_weight, 2 * _SMALLEST_SHARE), 1.0)
+        return round(share / _LANE_STEP) * _LANE_STEP
 
     def _rounded(
         self, values: NDArray[np.float64], exponent: int, rng: np.random.Generator

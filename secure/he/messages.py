@@ -10,13 +10,14 @@ from math import prod
 from propolis.protos import he_pb2 as pb
 from propolis.secure import labels
 from propolis.secure.errors import PeerError, Refusal
+from propolis.secure.he.tag import refused
 from propolis.secure.identity import DIGEST_BYTES, LARGEST_INDEX
 from propolis.secure.secagg.messages import from_bitmap
 from propolis.secure.secagg.plan import Kind
+from propolis.secure.secagg.runs import RUN_ID_BYTES
 from propolis.secure.wire import LARGEST_MESSAGE, between, decode, decode_exactly, encode, many, sized, version_field
 
 ROUND_TAG_BYTES = 16
-RUN_ID_BYTES = 16
 MOST_METRICS, LONGEST_NAME = 256, 1000
 _MOST_ENTRIES, _MOST_DIMENSIONS = 2**16, 32
 _MOST_VALUES = 2**28
@@ -46,7 +47,7 @@ class EncryptedPlan:
     """The terms of one attempt at one round; (run_id, round, attempt) names it and never comes twice.
 
     Attributes:
-        run_id: 16 random bytes.
+        run_id: see `propolis.secure.secagg.runs`.
         round: from 1, as the application counts.
         attempt: rises with every try within a round.
         kind: `Kind`.
@@ -81,9 +82,22 @@ class EncryptedPlan:
         """What names this attempt in a reply."""
         return labels.digest(labels.HE_ROUND, self.encoded)[:ROUND_TAG_BYTES]
 
-    def round_id(self, metrics: tuple[str, ...]) -> bytes:
-        """R, what the tags of this attempt are made for: a sum of devices with other metrics has other tags."""
-        return labels.digest(labels.HE_ROUND, self.encoded, *(name.encode() for name in metrics))
+    def round_id(self, metrics: tuple[str, ...], shared_input: bytes) -> bytes:
+        """R, what the tags of this attempt are made for: a sum of devices with other metrics has other tags.
+
+        Args:
+            metrics: names of the last lanes.
+            shared_input: digest of the model and all else that the devices were given, 32 bytes.
+        """
+        return labels.digest(labels.HE_ROUND, self.encoded, shared_input, *(name.encode() for name in metrics))
+
+    @classmethod
+    def key_in(cls, data: bytes) -> bytes:
+        """Id of the key of a plan in a sum, which is public; raises PeerError, with the code of sums, if it is none."""
+        try:
+            return cls.from_bytes(data).key_id
+        except PeerError:
+            raise refused() from None
 
     @classmethod
     def from_bytes(cls, data: bytes) -> EncryptedPlan:
@@ -127,6 +141,7 @@ class EncryptedSum:
         alive: bitmap over the roster, whose ciphertexts are in it.
         metrics: names of the last lanes.
         ciphertexts: with their tags, one after the other.
+        shared_input: digest of what its devices were given, which their tags are bound to.
         frozen: in a file, what training left alone, as safetensors; no secret, and nobody vouches for it.
     """
 
@@ -134,6 +149,7 @@ class EncryptedSum:
     alive: bytes = sized(1, LARGEST_INDEX // 8 + 1)
     metrics: tuple[str, ...] = sized(1, LONGEST_NAME, count=MOST_METRICS)
     ciphertexts: bytes = sized(1, _LARGEST_SUM)
+    shared_input: bytes = sized(DIGEST_BYTES)
     frozen: bytes = sized(0, _LARGEST_SUM, default=b"")
     version: int = version_field()
 

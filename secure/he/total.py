@@ -60,11 +60,11 @@ class EncryptedTotal:
         upload = EncryptedUpload.from_bytes(data, self.largest_addend)
         if upload.round_tag != self._plan.tag:
             raise PeerError(Refusal.STALE, "the upload is one of another attempt")
-        self.offered.append(upload.metrics)
-        metrics = upload.metrics if self._metrics is None else self._metrics
-        if upload.metrics != metrics:
+        if self._metrics is not None and upload.metrics != self._metrics:
+            self.offered.append(upload.metrics)
             raise PeerError(Refusal.MODEL, "the metrics are not the other devices'")
         self._take(upload, self._scheme.upload_bytes)
+        self.offered.append(upload.metrics)
 
     def without(self, masks: Sequence[Mask], threads: int = 1) -> Summed:
         """See `Total`; TenSEAL leaves nothing for more threads to do."""

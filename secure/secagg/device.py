@@ -40,8 +40,9 @@ from propolis.secure.secagg.messages import (
     to_bytes,
 )
 from propolis.secure.secagg.peers import Acquaintances
-from propolis.secure.secagg.plan import Encoding, Plan, Terms, terms_of
+from propolis.secure.secagg.plan import Encoding, Kind, Plan, Terms, terms_of
 from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.runs import MOST_AHEAD_MS, began_at
 from propolis.secure.secagg.states import Exchange
 from propolis.secure.shamir import RandomBytes
 
@@ -172,9 +173,9 @@ class Device:
 
         def reveal() -> bytes:
             self._require_floor(client.terms, len(client.alive_in(asked)))
-            self.require_reveals_left(self.state.model)
+            self.require_reveals_left(self.state.model, client.terms.kind)
             reply = client.unmask(asked)
-            self.count_reveal(self.state.model)
+            self.count_reveal(self.state.model, client.terms.kind)
             return self._keep(client, reply)
 
         return self._once(Exchange.UNMASK, request, client.terms, reveal)
@@ -265,7 +266,18 @@ class Device:
             raise PeerError(Refusal.POLICY, "the codec's seed is that of another round")
 
     def require_new(self, run_id: bytes, name: tuple[int, int]) -> None:
-        """Refuse an attempt, (round, attempt) of a run, that is not above all that this device took part in."""
+        """Refuse an attempt, (round, attempt) of a run, that is not above all that this device took part in.
+
+        Raises:
+            PeerError: it is not, or this cannot be known: the run began before others that were forgotten. A run of a
+                time that is far from having come is refused too, for it would be remembered in place of true ones.
+        """
+        if self.state.is_forgotten(run_id):
+            raise PeerError(Refusal.STALE, "the run began before others that this device has forgotten")
+        if run_id not in self.state.runs and began_at(run_id) > self._now * 1000 + MOST_AHEAD_MS:
+            raise PeerError(
+                Refusal.STALE, "the run begins more than a day from now: compare this clock with the server's"
+            )
         if name <= self.state.last_of_run(run_id):
             raise PeerError(Refusal.STALE, f"round {name[0]}, attempt {name[1]} is not a new one")
 
@@ -282,23 +294,24 @@ class Device:
         if support.size < least:
             raise PeerError(Refusal.POLICY, f"{support.size} of {support.dimension} values are fewer than {least:g}")
 
-    def require_reveals_left(self, model: bytes) -> None:
+    def require_reveals_left(self, model: bytes, kind: Kind) -> None:
         """Against differencing: sums over one model are revealed a limited number of times, across all runs.
 
         Args:
             model: digest of the model.
+            kind: of the round.
 
         Raises:
             PeerError: as many as the policy allows were revealed.
         """
         allowed = self._policy.max_reveals_per_model
-        if allowed is not None and self.state.reveals.get(self._counted(model), 0) >= allowed:
+        if allowed is not None and self.state.reveals.get(_counted(model, kind), 0) >= allowed:
             raise PeerError(Refusal.REVEALS, f"{allowed} sums over this model were revealed, as many as allowed")
 
-    def count_reveal(self, model: bytes) -> None:
+    def count_reveal(self, model: bytes, kind: Kind) -> None:
         """Count a sum, or an error after training: that tells the server something of the data too."""
         if self._policy.max_reveals_per_model is not None:
-            self.state.count_reveal(self._counted(model))
+            self.state.count_reveal(_counted(model, kind))
 
     def require_trusted_key(self, key_id: bytes) -> None:
         """Against who tries one forgery after the other: a key of homomorphic encryption is used up at some time.
@@ -314,9 +327,6 @@ class Device:
                 Refusal.HE_KEY,
                 f"{self._policy.max_refused_sums} sums under this key were none: its holder has to make another one",
             )
-
-    def _counted(self, model: bytes) -> bytes:
-        return labels.digest(labels.MODEL, model, self.terms.kind.name.encode())
 
     def _require_floor(self, terms: Terms, alive: int) -> None:
         """Refuse a sum of fewer than the floor, as far as it can be told from this device's neighbours.
@@ -366,3 +376,7 @@ def require_roster(roster: TrustedRoster, number: int, digest: bytes) -> None:
 
 def _upload_digest(request: bytes, shared_input: bytes) -> bytes:
     return labels.digest(labels.REQUEST, request, shared_input)
+
+
+def _counted(model: bytes, kind: Kind) -> bytes:
+    return labels.digest(labels.MODEL, model, kind.name.encode())

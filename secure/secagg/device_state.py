@@ -13,6 +13,7 @@ from propolis.protos import secagg_pb2 as pb
 from propolis.secure.errors import PropolisError, StorageError
 from propolis.secure.identity import Descriptor, Signed, SigningKey, agreement_key, describe, verify_invitation
 from propolis.secure.secagg.plan import Terms
+from propolis.secure.secagg.runs import began_at
 from propolis.secure.secagg.states import Exchange
 from propolis.secure.shamir import RandomBytes
 from propolis.secure.wire import STATE_VERSION, decode, fill, read, serialized
@@ -57,7 +58,8 @@ class DeviceState:
         roster: the highest that it was given.
         prekey_number, prekey_private: what the others seal to in the next round.
         rounding_secret: 32 bytes that the randomness of encoding derives from.
-        runs: last (round, attempt) of each run, the latest run last.
+        runs: last (round, attempt) of each run.
+        forgotten: when the latest run began that is remembered no more, see `propolis.secure.secagg.runs`.
         peers: by index.
         reveals: how often a sum over a model was revealed, by digest.
         refused_sums: how often an encrypted sum was found to be none, by the id of its key.
@@ -76,6 +78,7 @@ class DeviceState:
     prekey_number: int = 0
     prekey_private: bytes = b""
     runs: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    forgotten: int = 0
     peers: dict[int, Peer] = field(default_factory=dict)
     reveals: dict[bytes, int] = field(default_factory=dict)
     refused_sums: dict[bytes, int] = field(default_factory=dict)
@@ -131,6 +134,10 @@ class DeviceState:
         """The highest (round, attempt) of a run that this device took part in; (-1, -1) before the first."""
         return self.runs.get(run_id, (-1, -1))
 
+    def is_forgotten(self, run_id: bytes) -> bool:
+        """Whether this device may have taken part in a run and no longer know in which attempts."""
+        return run_id not in self.runs and began_at(run_id) <= self.forgotten
+
     def begin_round(self, terms: Terms, round_state: bytes) -> None:
         """Forget the round before, secrets and answers, and begin this one."""
         self.note_attempt(terms.plan.run_id, terms.name)
@@ -138,9 +145,11 @@ class DeviceState:
 
     def note_attempt(self, run_id: bytes, name: tuple[int, int]) -> None:
         """Note that this device takes part in an attempt, (round, attempt) of a run."""
-        self.runs.pop(run_id, None)
         self.runs[run_id] = name
-        _forget_oldest(self.runs, _MOST_RUNS)
+        while len(self.runs) > _MOST_RUNS:
+            oldest = min(self.runs, key=began_at)
+            self.forgotten = max(self.forgotten, began_at(oldest))
+            del self.runs[oldest]
 
     def remember_peer(self, index: int, peer: Peer, prekey_number: int) -> None:
         """Note that something was sealed to a peer's prekey: never again to this one or an older one."""
@@ -178,6 +187,7 @@ class DeviceState:
             prekey_number=self.prekey_number,
             prekey_private=self.prekey_private,
             rounding_secret=self.rounding_secret,
+            forgotten=self.forgotten,
             runs=[pb.DeviceState.Run(run_id=run, round=r, attempt=a) for run, (r, a) in self.runs.items()],
             reveals=[pb.DeviceState.Reveal(model=model, count=count) for model, count in self.reveals.items()],
             refused_sums=[pb.DeviceState.RefusedSums(key_id=k, count=n) for k, n in self.refused_sums.items()],
@@ -221,6 +231,7 @@ class DeviceState:
                 prekey_number=state.prekey_number,
                 prekey_private=state.prekey_private,
                 runs={run.run_id: (run.round, run.attempt) for run in state.runs},
+                forgotten=state.forgotten,
                 peers={peer.index: _peer(peer) for peer in state.peers},
                 reveals={reveal.model: reveal.count for reveal in state.reveals},
                 refused_sums={each.key_id: each.count for each in state.refused_sums},
@@ -239,6 +250,6 @@ def _peer(state: pb.DeviceState.Peer) -> Peer:
     return Peer(state.descriptor_digest, state.signing_key, state.invitation_key, state.next_prekey)
 
 
-def _forget_oldest(entries: dict[bytes, object] | dict[bytes, int] | dict[bytes, tuple[int, int]], most: int) -> None:
+def _forget_oldest(entries: dict[bytes, int], most: int) -> None:
     while len(entries) > most:
         del entries[next(iter(entries))]

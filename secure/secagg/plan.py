@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         encoding: see `Encoding`; None where the updates are encrypted.
         malicious: complete graph and a confirm exchange.
-        run_id: 16 random bytes.
+        run_id: see `propolis.secure.secagg.runs`.
         round: from 1, as the application counts.
         attempt: rises with every try within a round.
         kind: `Kind`.

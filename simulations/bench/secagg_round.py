@@ -28,6 +28,7 @@ from propolis.secure.secagg.messages import (
     to_bytes,
 )
 from propolis.secure.secagg.plan import Encoding, Kind, Plan, Terms
+from propolis.secure.secagg.runs import new_run_id
 from propolis.secure.secagg.server import SecAggServer
 from propolis.secure.secagg.states import Exchange
 from propolis.server.directory import Directory
@@ -122,7 +123,7 @@ def _introduced(asking: _Asking, count: int, dimension: int) -> SecAggServer[Vec
     plan = Plan(
         encoding=plain_encoding(count),
         malicious=False,
-        run_id=os.urandom(16),
+        run_id=new_run_id(time.time(), os.urandom),
         round=1,
         attempt=0,
         kind=Kind.TRAIN,

@@ -160,8 +160,12 @@ def model_in(content: RecordDict) -> Arrays:
     records = list(content.array_records.values())
     if len(records) != 1:
         raise PeerError(Refusal.MODEL, f"expected one ArrayRecord, got {len(records)}")
+    return _real_arrays(records[0])
+
+
+def _real_arrays(record: Mapping[str, Array]) -> Arrays:
     try:
-        arrays = {name: array.numpy() for name, array in records[0].items()}
+        arrays = {name: array.numpy() for name, array in record.items()}
     except Exception:  # whatever numpy makes of a peer's bytes
         raise PeerError(Refusal.MODEL, "an array is malformed") from None
     if any(array.dtype.kind not in "fiub" for array in arrays.values()):
@@ -198,11 +202,11 @@ def encrypted_input_of(content: RecordDict, broadcast: bytes, group_id: str) -> 
         group_id: the message's.
 
     Raises:
-        PeerError: there is not one ArrayRecord.
+        PeerError: there is not one ArrayRecord, or an array is not one of real numbers.
     """
     emptied = emptied_shapes(content)
     (record,) = content.array_records.values()
-    rest = {name: record[name].numpy() for name in record if name not in emptied}
+    rest = _real_arrays({name: array for name, array in record.items() if name not in emptied})
     model = labels.digest(labels.MODEL, broadcast, model_digest(rest))
     return model, shared_input_of(content, model, group_id)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -13,7 +12,7 @@ import pytest
 from attacks.insiders import found, others, read_head, refuses, signed_head, signing_key, upload_with
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import Message
-from protocol import Cohort, Round, deliveries_in, pairwise_mask, shares_in, with_shares
+from protocol import Cohort, Round, another_run, deliveries_in, pairwise_mask, shares_in, with_shares
 
 from propolis.protos import identity_pb2, secagg_pb2
 from propolis.secure import labels
@@ -67,7 +66,7 @@ BASE = Cohort(4).plan()
 
 # One thing about the plan differs.
 OTHER_PLANS: dict[str, dict[str, Any]] = {
-    "run": {"run_id": b"r" * 16},
+    "run": {"run_id": another_run()},
     "round": {"number": 2},
     "attempt": {"attempt": 1},
     "kind": {"kind": Kind.EVALUATE},
@@ -213,7 +212,7 @@ def test_a_confirmation_holds_for_its_signer_only() -> None:
 def elsewhere(cohort: Cohort, change: dict[str, Any]) -> Round:
     """The same devices, asked to prepare for another plan: what comes of it is theirs, but not this round's."""
     copied = Cohort(4, cohort.policy, deepcopy(cohort.federation))
-    attempt = copied.round(**{"run_id": os.urandom(16), **change})
+    attempt = copied.round(**{"run_id": another_run(), **change})
     attempt.prepare()
     assert not attempt.refused
     return attempt
@@ -258,7 +257,7 @@ def test_a_head_replayed_from_another_round_is_refused(change: dict[str, Any]) -
 @pytest.mark.parametrize("exchange", ["upload", "confirm", "unmask"])
 def test_a_request_of_another_round_is_refused(exchange: str, change: dict[str, Any]) -> None:
     cohort = Cohort(4)
-    digest = Terms(cohort.plan(**(change or {"run_id": b"r" * 16})).to_bytes()).digest
+    digest = Terms(cohort.plan(**(change or {"run_id": another_run()})).to_bytes()).digest
     attempt = prepared(cohort, malicious=True)
     steps = {
         "upload": (lambda: attempt.server.upload_request(0), lambda data: cohort.device(0).begin_upload(data, DIGEST)),
@@ -278,7 +277,7 @@ def test_a_request_of_another_round_is_refused(exchange: str, change: dict[str, 
 @replayed
 def test_the_server_takes_no_reply_of_another_round(change: dict[str, Any]) -> None:
     cohort = Cohort(4)
-    digest = Terms(cohort.plan(**(change or {"run_id": b"r" * 16})).to_bytes()).digest
+    digest = Terms(cohort.plan(**(change or {"run_id": another_run()})).to_bytes()).digest
     attempt = prepared(cohort, malicious=True)
     server = attempt.server
     attempt.upload(silent=(3,))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
-from protocol import Cohort, Round, plain_encoding
+from protocol import Cohort, Round, another_run, plain_encoding
 from secure_app import Arrays, Hive, Work, arrays_of, body_of, exchange_of, honest, outcome_of
 
 from propolis.flower import with_content
@@ -84,7 +84,8 @@ def test_a_seed_of_another_round_is_refused(draws: dict[str, Any]) -> None:
 
 def test_a_retry_and_another_run_may_have_the_same_seed() -> None:
     cohort, how = Cohort(4), encoding(density=0.5, rotated=True)
-    again = [{"attempt": 1}, {"attempt": 2}, {"run_id": b"r" * 16}, {"run_id": b"s" * 16, "number": 2}]
+    runs = another_run(b"r" * 8), another_run(b"s" * 8)
+    again = [{"attempt": 1}, {"attempt": 2}, {"run_id": runs[0]}, {"run_id": runs[1], "number": 2}]
     for names in ({}, *again):
         assert refusals(prepared(cohort, how, **names)) == set()
 

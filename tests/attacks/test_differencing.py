@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import protocol
 import pytest
 from attacks.insiders import refuses
-from protocol import Cohort, Round
+from protocol import Cohort, Round, another_run
 
 from propolis.secure.errors import Refusal, RefusedError, TooFewPeersError, UsageError
 from propolis.secure.secagg.device_state import DeviceState
@@ -66,7 +65,7 @@ def test_no_limit_is_no_limit() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda: {"run_id": os.urandom(16)}, lambda: {"attempt": 7}, lambda: {"width": 24}, lambda: {"malicious": True}],
+    [lambda: {"run_id": another_run()}, lambda: {"attempt": 7}, lambda: {"width": 24}, lambda: {"malicious": True}],
     ids=["run", "attempt", "encoding", "mode"],
 )
 def test_nothing_but_the_model_makes_a_sum_another_one(change: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from encrypted_app import EncryptedHive, another_key, encrypted_federation, sum_of
 from flwr.app import Message, RecordDict
-from secure_app import MODEL, body_of, outcome_of
+from secure_app import MODEL, body_of, exchange_of, outcome_of, record
 
 from propolis.client.encrypted import open_model, open_model_file
 from propolis.client.state import FileStore, MemoryStore
@@ -27,8 +27,11 @@ from propolis.secure.he.messages import EncryptedPlan, EncryptedSum, EncryptedUp
 from propolis.secure.he.stream import Totals
 from propolis.secure.he.tag import tag_bytes
 from propolis.secure.identity import SigningKey
+from propolis.secure.secagg import device_state
+from propolis.secure.secagg.device_state import DeviceState
 from propolis.secure.secagg.messages import to_bitmap
 from propolis.secure.secagg.policy import Policy
+from propolis.secure.secagg.runs import began_at, new_run_id
 from propolis.secure.secagg.states import Exchange
 from propolis.simulations.federation import SIMULATED, make_federation
 
@@ -237,12 +240,13 @@ def test_the_sum_of_another_model_is_refused_as_such(hive: EncryptedHive) -> Non
     assert caught.value.refusal is Refusal.MODEL
 
 
-def asked_again(hive: EncryptedHive, **changes: Any) -> Refusal | None:
-    """What device 0 says to the last request, or to one with another plan."""
+def asked_again(hive: EncryptedHive, broadcast: bytes | None = None, **changes: Any) -> Refusal | None:
+    """What device 0 says to the last request, or to one with another plan or model."""
     request = next(m for m in reversed(hive.wire.requests) if m.metadata.dst_node_id == 1)
     plan = replace(EncryptedPlan.from_bytes(body_of(request)), **changes)
-    record = protocol_record(Exchange.ENCRYPT, plan.encoded, bytes(request.content[RECORD].get("model", b"")))
-    again = with_content(request, RecordDict({**request.content, RECORD: record}))
+    model = bytes(request.content[RECORD].get("model", b"")) if broadcast is None else broadcast
+    told = protocol_record(Exchange.ENCRYPT, plan.encoded, model)
+    again = with_content(request, RecordDict({**request.content, RECORD: told}))
     (message_id,) = hive.wire.inner.push_messages([again])
     (reply,) = hive.wire.inner.pull_messages([message_id])
     return refusal_of(reply.error.code) if reply.has_error() else None
@@ -284,9 +288,11 @@ def test_a_plan_of_other_arrays_than_the_public_model_has_is_refused() -> None:
     hive = EncryptedHive(3)
     hive.round()
     w, b = EncryptedPlan.from_bytes(sum_of(hive).plan).entries
-    for other in (replace(w, shape=(3, 4)), replace(w, dtype="float64"), replace(w, name="v")):
-        assert asked_again(hive, attempt=1, entries=(other, b)) is Refusal.MODEL
-    assert asked_again(hive, attempt=1, entries=(w, b)) is None
+    others = (replace(w, shape=(3, 4)), replace(w, dtype="float64"), replace(w, name="v"))
+    for attempt, other in enumerate(others, 1):
+        assert asked_again(hive, attempt=attempt, entries=(other, b)) is Refusal.MODEL
+    assert asked_again(hive, attempt=3, entries=(w, b)) is Refusal.STALE  # each attempt is looked at once
+    assert asked_again(hive, attempt=4, entries=(w, b)) is None
 
 
 def test_a_plan_is_held_to_the_devices_policy_and_roster(hive: EncryptedHive) -> None:
@@ -410,7 +416,102 @@ def test_a_file_that_was_changed_or_cut_is_refused(file_of_a_run: bytes, tmp_pat
 
 def test_the_round_is_what_the_tags_are_for() -> None:
     plan = EncryptedPlan(bytes(16), 1, 0, 2, 1, bytes(32), bytes(32), "n", 1.0, 1.0, ())
-    ids = {plan.round_id(()), plan.round_id(("a",)), plan.round_id(("b",)), replace(plan, attempt=1).round_id(())}
-    assert len(ids) == 4
-    assert plan.round_id(()) == labels.digest(labels.HE_ROUND, plan.encoded)
+    ids = {
+        *(plan.round_id(names, bytes(32)) for names in ((), ("a",), ("b",), ("a", "b"), ("ab",))),
+        replace(plan, attempt=1).round_id((), bytes(32)),
+        plan.round_id((), b"i" * 32),
+    }
+    assert len(ids) == 7
+    assert plan.round_id((), bytes(32)) == labels.digest(labels.HE_ROUND, plan.encoded, bytes(32))
     np.testing.assert_equal(len(plan.tag), 16)
+
+
+# A server that makes a device forget what it answered
+
+
+def test_runs_that_are_forgotten_are_never_answered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a flood of runs would have the attempts of an old one answered twice, and their tags tell of each other."""
+    monkeypatch.setattr(device_state, "_MOST_RUNS", 3)
+    hive = EncryptedHive(3)
+    hive.round(**{"server-round": 1})
+    for _ in range(4):
+        time.sleep(0.002)  # runs are told apart by the millisecond that they begin in
+        hive.grid._names.run_id = new_run_id(time.time(), os.urandom)
+        hive.round(**{"server-round": 1})
+    (first, *_) = [message for message in hive.wire.requests if exchange_of(message) == "encrypt"]
+    plan = EncryptedPlan.from_bytes(body_of(first))
+    for name in ({"round": 1}, {"round": 9, "attempt": 5}):
+        assert asked_again(hive, run_id=plan.run_id, **name) is Refusal.STALE
+    state = hive.stores[0].change(lambda device: DeviceState.from_bytes(device.state.to_bytes()))
+    assert state.forgotten >= began_at(plan.run_id)
+    assert state.is_forgotten(plan.run_id)
+
+
+def test_a_run_of_a_time_that_is_far_from_having_come_is_refused() -> None:
+    """It would be remembered in place of true ones."""
+    hive = EncryptedHive(3)
+    hive.round()
+    assert asked_again(hive, run_id=new_run_id(time.time() + 90_000, os.urandom)) is Refusal.STALE
+    assert asked_again(hive, run_id=b"\xff" * 16) is Refusal.STALE
+    assert asked_again(hive, run_id=new_run_id(time.time() + 3600, os.urandom)) is None
+
+
+# A server that asks questions
+
+
+def test_whether_a_model_opens_is_told_once_for_each_attempt(hive: EncryptedHive) -> None:
+    hive.round(**{"server-round": 40})
+    old = EncryptedPlan.from_bytes(sum_of(hive).plan)
+    for broadcast in (sum_of(hive).to_bytes(), replace(sum_of(hive), **changed_by_one_bit(hive)).to_bytes()):
+        assert asked_again(hive, broadcast, round=old.round, attempt=old.attempt) is Refusal.STALE
+    assert asked_again(hive, broadcast, attempt=1) is Refusal.CIPHERTEXT
+    assert asked_again(hive, attempt=1) is Refusal.STALE
+
+
+def test_the_metrics_of_an_evaluation_are_no_model_to_train() -> None:
+    hive = EncryptedHive(3)
+    hive.round(**{"server-round": 1})
+    hive.round("evaluate", **{"server-round": 1})
+    assert hive.grid.evaluation is not None
+    assert asked_again(hive, hive.grid.evaluation.to_bytes(), attempt=3) is Refusal.CIPHERTEXT
+
+
+def test_uploads_over_different_models_are_no_sum() -> None:
+    """A server that gives a model of its own to some would mix it with the secret one, and see what comes of it."""
+    hive = EncryptedHive(5, attempts=1)
+    hive.round(**{"server-round": 1})
+    before = hive.opened()
+
+    def deliver(exchange: str, message: Message) -> Message:
+        if exchange != "encrypt" or message.metadata.dst_node_id > 2:
+            return message
+        own = RecordDict(
+            {**message.content, "arrays": record({name: 100 * np.ones_like(a) for name, a in MODEL.items()})}
+        )
+        return with_content(message, RecordDict({**own, RECORD: protocol_record(Exchange.ENCRYPT, body_of(message))}))
+
+    hive.wire.deliver = deliver
+    hive.round(**{"server-round": 2})
+    hive.wire.deliver = lambda exchange, message: message
+    with pytest.raises(TooFewPeersError, match="5 refused the model of the round before"):
+        hive.round(**{"server-round": 3})
+    np.testing.assert_array_equal(hive.opened().arrays["w"], before.arrays["w"])
+
+
+def test_a_key_under_which_too_many_sums_were_none_is_used_no_more() -> None:
+    hive = EncryptedHive(3, policy=Policy(max_refused_sums=4, max_reveals_per_model=None))
+    hive.round()
+    forged = replace(sum_of(hive), **changed_by_one_bit(hive)).to_bytes()
+    for attempt in range(1, 5):
+        assert asked_again(hive, forged, attempt=attempt) is Refusal.CIPHERTEXT
+    assert asked_again(hive, attempt=5) is Refusal.HE_KEY
+    state = hive.stores[0].change(lambda device: DeviceState.from_bytes(device.state.to_bytes()))
+    assert state.refused_sums == {hive.keys.public.key_id: 4}
+    other = EncryptedHive(3, policy=Policy(max_refused_sums=4, max_reveals_per_model=None))
+    other.round()
+    assert asked_again(other, attempt=5) is None
+
+
+def test_what_training_leaves_alone_does_not_ride_on_the_encrypted_model(hive: EncryptedHive) -> None:
+    hive.round(**{"server-round": 50})
+    assert asked_again(hive, replace(sum_of(hive), frozen=b"more").to_bytes(), attempt=1) is Refusal.MALFORMED

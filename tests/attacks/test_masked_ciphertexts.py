@@ -102,7 +102,7 @@ def decrypted(chunk: Chunk) -> NDArray[np.uint64]:
 def is_hidden(chunks: Sequence[Chunk], played: Round, devices: Collection[int]) -> bool:
     """Whether neither ciphertexts nor tags tell who has secret key and MAC key anything."""
     made = scheme(MOST_DEVICES)
-    maker = tags(made, len(chunks), played._encrypted_plan.round_id(()))
+    maker = tags(made, len(chunks), played._encrypted_plan.round_id((), SHARED_INPUT))
     opened = np.concatenate([decrypted(chunk) for chunk in chunks])
     expected = maker.of_devices(devices)
     for place, chunk in enumerate(chunks):
@@ -484,3 +484,33 @@ def test_a_device_that_is_given_other_frozen_values_makes_the_sum_noise() -> Non
     told_otherwise(hive, change)
     with pytest.raises(TooFewPeersError, match="the sum is noise"):
         hive.round(model=model)
+
+
+def test_the_same_model_in_other_bytes_is_counted_as_the_same() -> None:
+    hive = EncryptedHive(5, policy=Policy(max_reveals_per_model=1), attempts=1)
+    hive.round()
+    before = hive.grid.model
+    hive.round()
+    assert before is not None
+    # Field 99 of the sum, which nobody knows: to protobuf the same message.
+    hive.grid.model = before
+
+    def deliver(exchange: str, message: Message) -> Message:
+        if exchange != "upload":
+            return message
+        told = protocol_record(Exchange.UPLOAD, body_of(message), broadcast_in(message.content) + b"\x98\x06\x01")
+        return with_content(message, RecordDict({**message.content, RECORD: told}))
+
+    hive.wire.deliver = deliver
+    with pytest.raises(TooFewPeersError, match="upload: reveals"):
+        hive.round()
+
+
+def test_after_a_crash_the_sum_that_was_told_counts_against_another_of_nearly_the_same(tmp_path: Path) -> None:
+    hive = EncryptedHive(8, journal=tmp_path / "journal", attempts=1)
+    hive.round(**{"server-round": 1})
+    hive.grid = hive.new_grid(FedAvg())
+    hive.round(**{"server-round": 1})
+    hive.grid.model = None
+    with pytest.raises(TooFewPeersError, match="differ by fewer than 3"):
+        hive.round(nodes=range(1, 8), **{"server-round": 1})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attacks.uniformity import looks_uniform
-from protocol import SHARED_INPUT, Cohort, Round, pairwise_mask, plain_encoding
+from protocol import SHARED_INPUT, Cohort, Round, another_run, pairwise_mask, plain_encoding
 
 from propolis.secure import labels
 from propolis.secure.codec.lanes import LANES
@@ -166,7 +166,7 @@ CHANGES: list[dict[str, Any]] = [
     {"malicious": True},
     {"number": 2},
     {"attempt": 1},
-    {"run_id": b"another run id 1"},
+    {"run_id": another_run()},
     {"corrupted_ppm": 1},
     {"dropped_ppm": 1},
     {"cohort": range(6)},

@@ -19,7 +19,7 @@ from attacks.insiders import (
     signing_key,
     upload_with,
 )
-from protocol import SHARED_INPUT, Cohort, Round, asking, empty_total
+from protocol import SHARED_INPUT, Cohort, Round, another_run, asking, empty_total
 
 from propolis.protos import identity_pb2
 from propolis.secure import labels
@@ -385,7 +385,7 @@ def test_a_prekey_of_low_order_is_refused(key: int) -> None:
         ask_to_prepare(attempt, about_device_1(weak))
 
 
-@pytest.mark.parametrize("later", [{"number": 2}, {"attempt": 1}, {"run_id": b"r" * 16}], ids=str)
+@pytest.mark.parametrize("later", [{"number": 2}, {"attempt": 1}, {"run_id": another_run()}], ids=str)
 def test_a_prekey_is_sealed_to_once(later: dict[str, object]) -> None:
     cohort = Cohort(4)
     attempt = cohort.round()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attacks.uniformity import looks_uniform
-from protocol import MODEL, SHARED_INPUT, Cohort, Round, pairwise_mask, shares_in
+from protocol import MODEL, SHARED_INPUT, Cohort, Round, another_run, pairwise_mask, shares_in
 
 from propolis.secure import labels
 from propolis.secure.errors import PeerError, Refusal
@@ -225,7 +225,7 @@ def test_a_retry_of_a_round_with_the_same_name_is_refused_after_other_runs() -> 
     cohort = Cohort(4)
     run_id = cohort.run_id
     cohort.round().prepare()
-    cohort.round(run_id=b"another run id 1").prepare()
+    cohort.round(run_id=another_run()).prepare()
     retry = cohort.round(run_id=run_id, width=17)
     retry.prepare()
     assert {error.refusal for error in retry.refused.values()} == {Refusal.STALE}

@@ -20,6 +20,7 @@ from secure_app import MODEL, answer, app_of, arrays_of, honest, mean_shift, met
 from propolis.client.state import MemoryStore
 from propolis.flower import message_to_bytes
 from propolis.secure.errors import Refusal, TooFewPeersError, UsageError
+from propolis.secure.he.held import Assignment, EncodedUpdate, HeldKey
 from propolis.secure.he.messages import EncryptedPlan, EncryptedUpload
 from propolis.secure.secagg.plan import Kind
 from propolis.secure.secagg.policy import Policy
@@ -484,3 +485,56 @@ def test_few_devices_that_refuse_the_model_do_not_set_a_run_back() -> None:
     opened = hive.opened(1)
     shifted = {name: array + mean_shift(range(4)) for name, array in MODEL.items()}
     require_opened(opened, shifted, [1, 2, 3], 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_model_that_opens_and_that_nothing_can_be_trained_from_is_given_up_too(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One device has the steps of a sum larger than they are, which the tag allows to who has the key."""
+    hive, encoded = EncryptedHive(4, finite_only, attempts=1), HeldKey.encoded
+
+    def lie(self: HeldKey, assignment: Assignment, *more: Any) -> EncodedUpdate:
+        update = encoded(self, assignment, *more)
+        if self._device != 1 or assignment.plan.kind != Kind.TRAIN:
+            return update
+        values, entries = update.values.copy(), assignment.plan.entries
+        start = sum(entry.size for entry in entries)
+        values[start : start + len(entries)] += 4 * 80
+        return replace(update, values=values)
+
+    hive.round()
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldKey, "encoded", lie)
+        hive.round()
+    assert float(np.abs(hive.opened().arrays["w"]).max()) > 1e15
+    if kind == "evaluate":
+        hive.round("evaluate")  # what an app makes of it is no reason to give the model up
+    with pytest.raises(TooFewPeersError, match="4 refused the model of the round before"):
+        hive.round()
+    hive.round()
+    shifted = {name: array + mean_shift(range(4)) for name, array in MODEL.items()}
+    require_opened(hive.opened(), shifted, range(4), 1e-3)
+
+
+def finite_only(message: Message, index: int) -> RecordDict:
+    """A device that cannot train what is too large."""
+    content = honest(message, index)
+    if message.metadata.message_type == "train" and float(np.abs(arrays_of(message)["w"]).max()) > 1e15:
+        return answer({n: np.full_like(a, np.nan) for n, a in MODEL.items()}, num_examples=1, loss=1.0)
+    return content
+
+
+def test_one_device_that_refuses_a_good_model_does_not_have_it_given_up() -> None:
+    hive = EncryptedHive(3, attempts=1)
+    hive.round()
+    hive.round()
+    model = sum_of(hive)
+    hive.lie(ciphertexts=bytes([*sum_of(hive).ciphertexts[:-1], sum_of(hive).ciphertexts[-1] ^ 1]))
+    told = hive.wire.deliver
+    hive.wire.deliver = lambda exchange, message: (
+        told(exchange, message) if message.metadata.dst_node_id == 1 else message
+    )
+    with pytest.raises(TooFewPeersError):
+        hive.round()
+    assert sum_of(hive) is model

@@ -130,7 +130,14 @@ def test_a_weight_that_cannot_be_is_refused(weight: float) -> None:
 def test_a_tiny_weight_still_counts() -> None:
     layout = Layout(PLAN, ["loss"], 2, 16)
     total = encoded(layout, [sample(0, 1e-9), sample(1, 100)])
-    assert layout.decode(total, 2).weight == pytest.approx(100, rel=1e-6)
+    assert layout.decode(total, 2).weight == pytest.approx(100, rel=1e-5)
+
+
+def test_no_weight_of_honest_devices_makes_a_sum_that_is_refused() -> None:
+    """A server that chooses the largest weight would else learn from a refusal how large they are."""
+    for largest in (2.0**-100, 1e-3, 1.0, 1e6, 2.0**100):
+        layout = Layout(replace(PLAN, max_weight=largest), ["loss"], 4, 16)
+        assert layout.decode(encoded(layout, [sample(i, 37.0 + i) for i in range(4)]), 4).weight > 0
 
 
 # A sum that no honest devices make is refused as a whole

@@ -17,7 +17,7 @@ from propolis.secure.identity import Signed
 W = Entry("w", "float32", (5, 3))
 PLAN = EncryptedPlan(bytes(16), 1, 0, 1, 1, bytes(32), bytes(32), "num-examples", 100.0, 1.0, (W,))
 UPLOAD = EncryptedUpload(bytes(16), ("loss",), b"ciphertexts")
-SUM = EncryptedSum(PLAN.encoded, b"\x07", ("loss",), b"ciphertexts", b"frozen")
+SUM = EncryptedSum(PLAN.encoded, b"\x07", ("loss",), b"ciphertexts", b"i" * 32, b"frozen")
 BUNDLE = KeyBundle(Signed(b"a", bytes(64)), Signed(b"b", bytes(64)), b"material", b"sealed")
 
 READ: dict[bytes, Callable[[bytes], object]] = {
