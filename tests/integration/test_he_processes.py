@@ -50,8 +50,8 @@ def process(log: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
 class World:
     """Root, holder, server and devices of one federation, each in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.holding = folder, Holding(folder)
+    def __init__(self, folder: Path, protection: str) -> None:
+        self.folder, self.holding, self.protection = folder, Holding(folder), protection
         self.site = self.holding.site
         self.holding.out = self.site.server / "he"  # as if it was copied there
         self.link, self.enrolment = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
@@ -77,7 +77,7 @@ class World:
     def server(self, rounds: int) -> tuple[object, ...]:
         (self.folder / "server.toml").write_text(
             f"task = 'digits'\nrounds = {rounds}\nmin_clients = 3\nepochs = 1\nmax_weight = 500.0\n"
-            "protection = 'he'\nhe_mode = 'seeded'\nevaluate_fraction = 0.5\nround_deadline = 30.0\n"
+            f"protection = '{self.protection}'\nhe_mode = 'seeded'\nevaluate_fraction = 0.5\nround_deadline = 30.0\n"
             f"[server]\nfederation = '{self.site.server}'\nlisten = '{self.link}'\nenroll = '{self.enrolment}'\n"
             f"out = '{self.run}'\nwait_for = 4\nwait_seconds = 60.0\nheartbeat = 2\n"
         )
@@ -104,9 +104,9 @@ class World:
         return KeyBundle.from_bytes((self.home(index) / HE_KEY_FILE).read_bytes()).number
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    made = World(tmp_path)
+@pytest.fixture(params=["he", pytest.param("he+secagg", marks=pytest.mark.soak)])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    made = World(tmp_path, request.param)
     with serving(made.site) as address:
         for index in range(4):
             made.enroll(index, address)
