@@ -219,8 +219,6 @@ def _result_again(settings: Settings, state: RunState, options: RunOptions, fede
 def _registration(served: Served) -> Registration | None:
     config = served.config
     registration = Registration.asked(config.registry, config.model, served.settings.task)
-    if registration is not None and served.settings.is_encrypted:
-        raise UsageError("registry: the server sees no model under protection he, so there is none to register")
     if registration is not None and config.app is not None:
         raise UsageError("registry: a ServerApp of your own keeps its model itself; register it with `propolis models`")
     return registration

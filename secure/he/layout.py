@@ -140,8 +140,9 @@ class Layout:
             raise PeerError(Refusal.CIPHERTEXT, f"the weights of {alive} devices add up to {share:g} of the largest")
         steps = np.repeat(np.ldexp(1.0, exponents), [entry.size for entry in self._coarse])
         fixed = self._lanes - len(self._metrics)
-        arrays = _arrays(sums[: self._grid] * (steps / share), self._coarse)
-        arrays |= _arrays(lanes[_HEAD_LANES:fixed] / share, self._exact)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found below
+            arrays = _arrays(sums[: self._grid] * (steps / share), self._coarse)
+            arrays |= _arrays(lanes[_HEAD_LANES:fixed] / share, self._exact)
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise PeerError(Refusal.CIPHERTEXT, "a value of the mean is too large for its type")
         metrics = dict(zip(self._metrics, (float(lane) / share for lane in lanes[fixed:]), strict=True))

@@ -28,6 +28,8 @@ from propolis.secure.errors import TrustError
 from propolis.secure.he.held import KeyBundle
 from propolis.secure.secagg.policy import Policy
 from propolis.server.he_key import Asked
+from propolis.server.opening import open_registry
+from propolis.server.registry_records import Format
 from propolis.simulations.apps import load_data
 
 WAIT_S = 60.0
@@ -79,7 +81,8 @@ class World:
             f"task = 'digits'\nrounds = {rounds}\nmin_clients = 3\nepochs = 1\nmax_weight = 500.0\n"
             f"protection = '{self.protection}'\nhe_mode = 'seeded'\nevaluate_fraction = 0.5\nround_deadline = 30.0\n"
             f"[server]\nfederation = '{self.site.server}'\nlisten = '{self.link}'\nenroll = '{self.enrolment}'\n"
-            f"out = '{self.run}'\nwait_for = 4\nwait_seconds = 60.0\nheartbeat = 2\n"
+            f"out = '{self.run}'\nregistry = '{self.folder / 'registry'}'\n"
+            "wait_for = 4\nwait_seconds = 60.0\nheartbeat = 2\n"
         )
         return ("server", "--config", self.folder / "server.toml")
 
@@ -156,6 +159,10 @@ def test_a_federation_trains_encrypted_while_devices_come_and_go_and_its_server_
     assert {name for record in result["history"] for name in record["metrics"]} <= {"examples"}
     assert not (world.run / "model.safetensors").exists()
     require_good(world, last)
+    registry = open_registry(str(world.folder / "registry"))
+    version = registry.version("digits", 1)
+    assert (version.format, version.lineage.round) == (Format.ENCRYPTED, last)
+    assert b"".join(registry.read(version)) == (world.run / "model.encrypted").read_bytes()
     with pytest.raises(TrustError, match="has not, or that it has erased"):
         open_model_file(FileStore(world.home(1), Policy()), world.run / "model.encrypted")
 

@@ -199,12 +199,6 @@ def test_the_command_ends_with_two(site: Site, propolis: Command) -> None:
     assert f"in {site.folder / 'elsewhere'}" in line
 
 
-def test_a_registry_is_refused_by_name(site: Site) -> None:
-    with pytest.raises(UsageError, match="registry: the server sees no model under protection he"):
-        site.run(registry=str(site.folder / "registry"))
-    assert not (site.folder / "registry").exists()
-
-
 def test_a_run_whose_key_a_revoked_device_has_ends_with_the_line_and_is_gone_on_with(site: Site) -> None:
     site.write(wait_for=DEVICES, rounds=1000, round_deadline=2.0)
     started, ended = site.devices(), list[BaseException]()

@@ -143,6 +143,20 @@ def test_no_weight_of_honest_devices_makes_a_sum_that_is_refused() -> None:
 # A sum that no honest devices make is refused as a whole
 
 
+def test_a_mean_that_does_not_fit_its_type_is_none() -> None:
+    """Steps that all devices are said to have taken larger than they did."""
+    layout = Layout(PLAN, ["loss"], 3, 16)
+    sums = encoded(layout, [sample(i) for i in range(3)])
+    sums[19:21] += 3 * 70
+    assert np.isfinite(layout.decode(sums, 3).arrays["w"]).all()
+    sums[19:21] += 3 * 40
+    sums[:15] = 3 * (2**15 - 1)
+    sums[19:21] = 3 * 100
+    sums[21:] = encoded(layout, [sample(i, weight=1e-9) for i in range(3)])[21:]  # divides by next to nothing
+    with pytest.raises(PeerError, match="too large for its type"):
+        layout.decode(sums, 3)
+
+
 def test_devices_that_took_different_steps_are_found_out() -> None:
     layout = Layout(PLAN, ["loss"], 3, 16)
     sums = encoded(layout, [sample(i) for i in range(3)])
