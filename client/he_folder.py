@@ -9,6 +9,7 @@ under the device's passphrase where it has one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ class FormerKeys:
 
     bundles: tuple[bytes, ...] = sized(1, LARGEST_BUNDLE, count=MOST_FORMER)
     version: int = version_field()
+
+
+def has_he_key(folder: Path) -> bool:
+    """Whether there is a key in a device's folder, whatever it is worth: nothing is opened."""
+    return os.path.lexists(folder / HE_KEY_FILE)
 
 
 def read_he_keys(folder: Path, seal: Seal | None) -> tuple[bytes, ...]:

@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from types import NoneType
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
-from propolis.client.he_folder import forget_former_keys, read_he_keys, write_he_keys
+from propolis.client.he_folder import forget_former_keys, has_he_key, read_he_keys, write_he_keys
 from propolis.client.seal import Seal, read_sealed, write_sealed
 from propolis.secure.codec.series import Version
 from propolis.secure.errors import StorageError, UsageError
@@ -52,7 +53,7 @@ class DeviceStore(Protocol):
 
     @property
     def policy(self) -> Policy:
-        """What the device insists on."""
+        """What the device's owner says; what depends on its keys is settled in each step, see `Policy.on_device`."""
 
     def change(self, step: Callable[[Device], T]) -> T:
         """Let the device take one step; its new state is kept before this returns, and only if nothing was raised.
@@ -114,7 +115,8 @@ class MemoryStore:
     def change(self, step: Callable[[Device], T]) -> T:
         """See `DeviceStore.change`."""
         with self._lock:
-            device = Device(self._state.copy(), self.policy, time.time())
+            policy = self.policy.on_device(has_he_key=bool(self._he_keys))
+            device = Device(self._state.copy(), policy, time.time())
             result = step(device)
             self._state = device.state
             return result
@@ -171,7 +173,8 @@ class FileStore:
             for file in (STATE_FILE, MODEL_FILE):
                 remove_stale(self._folder / file)
             before = read_sealed(path, self._seal)
-            device = Device(DeviceState.from_bytes(before), self.policy, time.time())
+            policy = self.policy.on_device(has_he_key=has_he_key(self._folder))
+            device = Device(DeviceState.from_bytes(before), policy, time.time())
             result = step(device)
             after = device.state.to_bytes()
             if after != before:
@@ -217,13 +220,12 @@ def policy_of(node_config: Mapping[str, Any]) -> Policy:
     given = {key: value for key, value in node_config.items() if key.startswith("propolis-") and key != FOLDER_KEY}
     if unknown := sorted(given.keys() - _POLICY_KEYS.keys()):
         raise UsageError(f"unknown {unknown[0]} in the node's configuration; known: {', '.join(sorted(_POLICY_KEYS))}")
-    defaults = Policy()
+    hints = get_type_hints(Policy)
     values: dict[str, Any] = {}
     for key, value in given.items():
         name = _POLICY_KEYS[key]
-        default = getattr(defaults, name)
-        kinds = (int, float) if default is None or isinstance(default, float) else type(default)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+        kinds = set(get_args(hints[name]) or (hints[name],)) - {NoneType}
+        if type(value) not in (kinds | {int} if float in kinds else kinds):
             raise UsageError(f"{key} in the node's configuration has the wrong type, got {value!r}")
         values[name] = value
     return Policy(**values)

@@ -71,7 +71,7 @@ class Device:
 
     Args:
         state: what the device must not lose; changed in place.
-        policy: the data holder's own limits.
+        policy: the data holder's own limits, of `Policy.on_device`.
         now: seconds since 1970.
         random_bytes: the source of randomness.
     """
@@ -253,7 +253,7 @@ class Device:
         """Support, scale, width and seed are the server's to choose within these limits."""
         policy = self._policy
         if policy.require_encryption:
-            raise PeerError(Refusal.POLICY, "this device asks for homomorphic encryption")
+            raise PeerError(Refusal.POLICY, "this device asks for homomorphic encryption (propolis-require-encryption)")
         self.require_weight(encoding.weight_key)
         if encoding.width < policy.min_bits:
             raise PeerError(Refusal.POLICY, f"{encoding.width} bits are fewer than {policy.min_bits}")

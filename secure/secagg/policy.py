@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from propolis.secure.errors import UsageError
 
@@ -29,7 +29,8 @@ class Policy:
         max_step: coarsest grid that an update may be rounded to, in units of a weighted change. These three keep
             the training useful; what is learnt of a device is the sum in any case.
         allow_unprotected: answer the server also outside of secure rounds, which shows it this device's own update.
-        require_encryption: take part only in rounds whose sums the server cannot read.
+        require_encryption: take part only in rounds whose sums the server cannot read. None: where this device has a
+            key of homomorphic encryption, see `on_device`.
         require_masks: take part only in rounds in which not even who has the federation's key of homomorphic
             encryption could read this device's own update.
         max_refused_sums: encrypted sums that this device may find not to be what they are said to be before it uses
@@ -49,7 +50,7 @@ class Policy:
     min_density: float = 0.001
     max_step: float = 1e6
     allow_unprotected: bool = False
-    require_encryption: bool = False
+    require_encryption: bool | None = None
     require_masks: bool = False
     max_refused_sums: int = 100
 
@@ -66,3 +67,7 @@ class Policy:
             raise UsageError("a policy's max_refused_sums must be at least 1")
         if self.max_reveals_per_model is not None and self.max_reveals_per_model < 1:
             raise UsageError("a policy's max_reveals_per_model must be at least 1")
+
+    def on_device(self, *, has_he_key: bool) -> Policy:
+        """The policy where it is known whether the device has a key of homomorphic encryption: no None is left."""
+        return replace(self, require_encryption=has_he_key) if self.require_encryption is None else self

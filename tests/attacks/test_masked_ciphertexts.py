@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from protocol import MOST_DEVICES, SHARED_INPUT, Cohort, Round, over_ciphertexts
 from secure_app import MODEL, Hive, answer, arrays_of, body_of, exchange_of, mean_shift, outcome_of
 
 from propolis.client.encrypted import _keys_of, encrypt_under_masks
-from propolis.client.state import MemoryStore
+from propolis.client.state import FileStore, MemoryStore
 from propolis.flower import with_content
 from propolis.messages import RECORD, broadcast_in, protocol_record, refusal_of
 from propolis.secure import labels
@@ -302,12 +303,34 @@ def test_a_round_that_was_prepared_with_masks_is_never_answered_without() -> Non
     assert {refusal_of(message.error.code) for message in said} == {Refusal.STALE}
 
 
-def test_a_device_can_insist_on_encryption() -> None:
-    plain = Hive(5, policy=Policy(require_encryption=True))
-    with pytest.raises(TooFewPeersError, match="prepare: policy"):
+@pytest.mark.parametrize(("said", "is_refused"), [(True, True), (False, False), (None, False)])
+def test_a_device_without_a_key_insists_on_encryption_where_it_is_told_to(said: bool | None, is_refused: bool) -> None:
+    plain = Hive(5, policy=Policy(require_encryption=said, max_reveals_per_model=None))
+    with pytest.raises(TooFewPeersError, match="prepare: policy") if is_refused else nullcontext():
         plain.round()
-    hive = EncryptedHive(5, policy=Policy(require_encryption=True))
-    hive.round()
+
+
+@pytest.mark.parametrize(("said", "is_refused"), [(True, True), (False, False), (None, True)])
+@pytest.mark.parametrize("kind", [MemoryStore, FileStore])
+def test_a_device_with_a_key_insists_on_encryption_unless_it_is_told_not_to(
+    kind: type[MemoryStore] | type[FileStore], said: bool | None, is_refused: bool, tmp_path: Path
+) -> None:
+    """What the key is worth does not matter: nothing of it is read."""
+    plain, policy = Hive(3, attempts=1), Policy(require_encryption=said)
+    for index, state in enumerate(plain.federation.devices):
+        store: MemoryStore | FileStore = MemoryStore(state.copy(), policy)
+        if kind is FileStore:
+            FileStore.create(tmp_path / str(index), state)
+            store = FileStore(tmp_path / str(index), policy)
+        store.keep_he_key(b"a key")
+        plain.stores[index] = store
+    with pytest.raises(TooFewPeersError, match="prepare: policy") if is_refused else nullcontext():
+        plain.round()
+
+
+def test_who_insists_on_encryption_takes_part_in_it() -> None:
+    for said in (True, False, None):
+        EncryptedHive(5, policy=Policy(require_encryption=said)).round()
 
 
 CHANGES: list[dict[str, Any]] = [

@@ -442,6 +442,9 @@ def test_a_policy_comes_from_the_nodes_configuration() -> None:
     }
     assert policy_of(config) == Policy(5, 2, 0.2, 0, 100, "minutes", 1.5, 9, True, 8, 0.5, 2, False, True, True, 7)
     assert policy_of({}) == Policy()
+    assert policy_of({}).require_encryption is None
+    assert policy_of({"propolis-require-encryption": False}).require_encryption is False
+    assert policy_of({"propolis-min-dropped": 0, "propolis-max-norm": 2}).max_norm == 2
     assert policy_of({}).max_reveals_per_model == 4
     assert SIMULATED.max_reveals_per_model is None
 
@@ -462,6 +465,11 @@ def test_a_policy_comes_from_the_nodes_configuration() -> None:
         ("propolis-max-reveals", 0),
         ("propolis-max-reveals", "many"),
         ("propolis-require-malicious", 1),
+        ("propolis-require-encryption", 1),
+        ("propolis-require-encryption", "no"),
+        ("propolis-require-encryption", None),
+        ("propolis-max-reveals", 2.5),
+        ("propolis-weight-key", 1),
         ("propolis-require-malicious", "true"),
         ("propolis-min-dropped", 1.0),
     ],
