@@ -82,6 +82,9 @@ def encrypt_update(
     if store.policy.require_masks:
         raise PeerError(Refusal.POLICY, "this device asks for masks on what it encrypts")
     asked = _Asked.of(store, EncryptedPlan.from_bytes(request), message)
+    key = asked.keys.newest.public
+    if key.masked:
+        raise PeerError(Refusal.POLICY, f"this device's key is for {key.use}")
 
     def begin(device: Device) -> bytes:
         plan = asked.plan

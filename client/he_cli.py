@@ -32,5 +32,5 @@ def he_key_command(
     parameters = opened.public.parameters
     typer.echo(
         f"installed: key {opened.number}, for sums of {parameters.clients} devices at most and values of "
-        f"{parameters.value_bits} bits"
+        f"{parameters.value_bits} bits, and for {opened.public.use}"
     )

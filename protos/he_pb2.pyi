@@ -36,7 +36,7 @@ class Statement(_message.Message):
     def __init__(self, version: _Optional[int] = ..., federation: _Optional[bytes] = ..., number: _Optional[int] = ..., key_id: _Optional[bytes] = ...) -> None: ...
 
 class Material(_message.Message):
-    __slots__ = ("version", "clients", "value_bits", "seeded", "parameters", "public_key", "secret_commitment")
+    __slots__ = ("version", "clients", "value_bits", "seeded", "parameters", "public_key", "secret_commitment", "masked")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
     VALUE_BITS_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class Material(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     SECRET_COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    MASKED_FIELD_NUMBER: _ClassVar[int]
     version: int
     clients: int
     value_bits: int
@@ -51,7 +52,8 @@ class Material(_message.Message):
     parameters: bytes
     public_key: bytes
     secret_commitment: bytes
-    def __init__(self, version: _Optional[int] = ..., clients: _Optional[int] = ..., value_bits: _Optional[int] = ..., seeded: bool = ..., parameters: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., secret_commitment: _Optional[bytes] = ...) -> None: ...
+    masked: bool
+    def __init__(self, version: _Optional[int] = ..., clients: _Optional[int] = ..., value_bits: _Optional[int] = ..., seeded: bool = ..., parameters: _Optional[bytes] = ..., public_key: _Optional[bytes] = ..., secret_commitment: _Optional[bytes] = ..., masked: bool = ...) -> None: ...
 
 class SealedKey(_message.Message):
     __slots__ = ("version", "key_id", "index", "sealed")

@@ -79,6 +79,13 @@ def he_key_command(
         bool | None,
         typer.Option("--seeded/--public", help="Encrypt under the secret key, to half of the bytes; at first not."),
     ] = None,
+    masks: Annotated[
+        bool | None,
+        typer.Option(
+            "--masks/--no-masks",
+            help="Devices encrypt under masks only, whatever a server asks; at first not.",
+        ),
+    ] = None,
     renew: Annotated[
         bool, typer.Option("--renew", help="Make a new key for all devices, as after a revocation.")
     ] = False,
@@ -96,11 +103,12 @@ def he_key_command(
     from propolis.server.he_key import KEYS_FILE, PUBLIC_FILE, Asked, issue_key
 
     key = load_holder_key(holder, passphrase_of(passphrase_file))
-    issued = issue_key(federation, holder, key, out, Asked(clients, bits, seeded, renew), time.time())
+    issued = issue_key(federation, holder, key, out, Asked(clients, bits, seeded, masks, renew), time.time())
     if as_json:
         told = {
             "number": issued.number,
             "key_id": issued.key.key_id.hex(),
+            "masked": issued.key.masked,
             "new": issued.is_new,
             "sealed": list(issued.sealed),
             "devices": issued.devices,
@@ -108,5 +116,7 @@ def he_key_command(
         typer.echo(json.dumps(told))
         return
     made = f"new key {issued.number}" if issued.is_new else f"key {issued.number}"
-    typer.echo(f"{made}: sealed for {len(issued.sealed)} devices now, {issued.devices} have it")
+    typer.echo(
+        f"{made}: sealed for {len(issued.sealed)} devices now, {issued.devices} have it; it is for {issued.key.use}"
+    )
     typer.echo(f"copy {out / PUBLIC_FILE} and {out / KEYS_FILE} to the server; nothing in them is secret")

@@ -57,7 +57,7 @@ class Encryption:
         min_clients: fewest devices that a sum is over; devices have a floor of their own.
         attempts: times that a batch is tried.
         masking: how updates are masked, so that not even a device, which has the key, can open another one's; None
-            leaves them without masks.
+            leaves them without masks, which a key may forbid.
     """
 
     key: PublicKey
@@ -75,6 +75,8 @@ class Encryption:
         if self.key.parameters.value_bits < SMALLEST_VALUE_BITS:
             bits = self.key.parameters.value_bits
             raise UsageError(f"weights need {SMALLEST_VALUE_BITS} bits or more, and the key is for {bits}")
+        if self.key.masked and self.masking is None:
+            raise UsageError(f"the key is for {self.key.use}: an Encryption under it needs masking")
 
 
 class HeGrid(ProtectedGrid):

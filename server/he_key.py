@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from propolis.he_files import sealed_keys, write_sealed_keys
@@ -31,24 +31,45 @@ from propolis.storage import locked, remove_stale, write_atomically
 
 PUBLIC_FILE, KEYS_FILE = "he.public", "he.keys"
 SECRET_SUFFIX, _LOCK_SUFFIX = ".secret", ".lock"
-_CLIENTS, _BITS = 1000, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a key is for; None is the same as before, and of the first key 1000, 16 and False.
+    """What a key is for; None is the same as before, and of the first key as `_Purpose` says.
 
     Attributes:
         clients: most devices of a sum.
         value_bits: of a value.
         seeded: whether devices encrypt under the secret key, to half of the bytes.
+        masked: whether devices encrypt under masks only, whatever a server asks for.
         renew: make another key, whatever there is.
     """
 
     clients: int | None = None
     value_bits: int | None = None
     seeded: bool | None = None
+    masked: bool | None = None
     renew: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Purpose:
+    """What a key is for, the first one where nothing is asked; see `Asked`."""
+
+    clients: int = 1000
+    value_bits: int = 16
+    seeded: bool = False
+    masked: bool = False
+
+    @classmethod
+    def of(cls, key: PublicKey) -> _Purpose:
+        chosen = key.parameters
+        return cls(chosen.clients, chosen.value_bits, chosen.seeded, key.masked)
+
+    def changed(self, asked: Asked) -> _Purpose:
+        """The same, but for what is asked."""
+        given = {field.name: getattr(asked, field.name) for field in fields(self)}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +103,7 @@ def issue_key(federation: Path, holder_file: Path, holder: HolderKey, out: Path,
         now: seconds since 1970.
 
     Raises:
-        UsageError: the holder's file is in the server's folder, the last key is for other parameters or has gone to a
+        UsageError: the holder's file is in the server's folder, the last key is for something else or has gone to a
             device that is revoked, the roster is older than the last one, or nobody has enrolled.
         TrustError: the root did not delegate to this holder, or not now, or took it back; the roster has expired.
         StorageError: something could not be written.
@@ -113,11 +134,12 @@ def issue_key(federation: Path, holder_file: Path, holder: HolderKey, out: Path,
 
 def _made(holder: HolderKey, roster: Roster, before: HeldKey | None, asked: Asked, now: float) -> HeldKey:
     """A new key, which nobody has yet."""
-    last = None if before is None else read_material(roster.federation, before.published.material).parameters
-    clients = asked.clients or (_CLIENTS if last is None else last.clients)
-    value_bits = asked.value_bits or (_BITS if last is None else last.value_bits)
-    seeded = asked.seeded if asked.seeded is not None else last is not None and last.seeded
-    key, secret = make_key(roster.federation, Scheme(choose(clients, value_bits, seeded=seeded)))
+    last = _Purpose()
+    if before is not None:
+        last = _Purpose.of(read_material(roster.federation, before.published.material))
+    wanted = last.changed(asked)
+    scheme = Scheme(choose(wanted.clients, wanted.value_bits, seeded=wanted.seeded))
+    key, secret = make_key(roster.federation, scheme, masked=wanted.masked)
     # Seconds since 1970, so that it also rises from one holder to the next, who does not know the last number.
     number = max(int(now), 1 if before is None else before.number + 1)
     published = Published(holder.delegation, state_key(holder.key, key, number), key.material)
@@ -132,13 +154,13 @@ def _require_newest(held: HeldKey | None, roster: Roster) -> None:
 
 def _require_usable(held: HeldKey, roster: Roster, recipients: Sequence[Recipient], asked: Asked) -> None:
     """Refuse to go on with a key that somebody has who should not, or that is another one than is asked for."""
-    parameters = read_material(roster.federation, held.published.material).parameters
-    has = (parameters.clients, parameters.value_bits, parameters.seeded)
-    wanted = (asked.clients, asked.value_bits, asked.seeded)
-    if any(want is not None and want != given for want, given in zip(wanted, has, strict=True)):
-        mode = "seeded" if parameters.seeded else "public-key"
+    key = read_material(roster.federation, held.published.material)
+    has = _Purpose.of(key)
+    if has.changed(asked) != has:
+        mode = "seeded" if has.seeded else "public-key"
         raise UsageError(
-            f"the key is for {has[0]} devices and {has[1]} bits, {mode}: --renew makes another one, for all devices"
+            f"the key is for {has.clients} devices and {has.value_bits} bits, {mode}, and for {key.use}: --renew makes "
+            "another one, for all devices"
         )
     if gone := [roster.entries[member.index].name for member in held.members if roster.entries[member.index].revoked]:
         raise UsageError(f"the key was sealed for {gone[0]}, which is revoked now: --renew makes a new key without it")

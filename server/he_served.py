@@ -181,8 +181,8 @@ def key_for(served: ServedKey, settings: Settings) -> PublicKey:
     """The key that a run's next round is under.
 
     Raises:
-        UsageError: as `ServedKey.require`; it is for other values, another mode or fewer devices than a round takes, or
-            sealed for fewer; or TenSEAL is not installed.
+        UsageError: as `ServedKey.require`; it is for other values, another mode, masks that the run has not or fewer
+            devices than a round takes, or sealed for fewer; or TenSEAL is not installed.
     """
     usable = served.require()
     parameters, least = usable.key.parameters, max(settings.min_clients, FEWEST_IN_A_SUM)
@@ -191,6 +191,10 @@ def key_for(served: ServedKey, settings: Settings) -> PublicKey:
         raise UsageError(f"bits: the federation's key is for values of {bits}, and the run has {settings.value_bits}")
     if mode != settings.he_mode:
         raise UsageError(f"he_mode: the federation's key is for {mode}, and the run is {settings.he_mode}")
+    if usable.key.masked and not settings.is_masked:
+        raise UsageError(
+            f"protection: the federation's key is for {usable.key.use}, and the run is he: set it to he+secagg"
+        )
     require_room(parameters.clients, least)
     if len(usable.sealed) < least:
         raise UsageError(

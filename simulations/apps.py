@@ -141,7 +141,8 @@ def _members_of_run(
         return
     if devices < SIMULATED.min_cohort:
         raise UsageError(f"a secure sum takes {SIMULATED.min_cohort} devices or more: this federation has {devices}")
-    with federation_of_run(context.run_id, devices, settings.seed, parameters_of(settings, devices)) as federation:
+    he, masked = parameters_of(settings, devices), settings.is_masked
+    with federation_of_run(context.run_id, devices, settings.seed, he, masked=masked) as federation:
         he_key = federation.he.public if federation.he else None
         largest = largest_device(settings, data, devices)
         yield Members(federation.verified_roster, largest, settings.seed, he_key=he_key), federation

@@ -84,7 +84,9 @@ class Federation:
         return trusted_roster(self.root_key, self.roster)
 
 
-def make_federation(devices: int, seed: int | None = None, he: Parameters | None = None) -> Federation:
+def make_federation(
+    devices: int, seed: int | None = None, he: Parameters | None = None, *, masked: bool = False
+) -> Federation:
     """Enrol `devices` devices with new keys.
 
     Args:
@@ -92,6 +94,7 @@ def make_federation(devices: int, seed: int | None = None, he: Parameters | None
         seed: of the randomness that devices encode with, so that a simulation can be repeated; keys and masks are
             new every time. None: that too.
         he: what its key of homomorphic encryption is for; None makes none.
+        masked: whether devices encrypt under masks only.
     """
     root = Root(SigningKey.generate())
     roster = Roster(root.federation, 1, int(time.time()) + _VALID_S, ())
@@ -102,11 +105,13 @@ def make_federation(devices: int, seed: int | None = None, he: Parameters | None
         if seed is not None:
             state.rounding_secret = labels.digest(labels.ROUNDING, seed.to_bytes(8, "big"), index.to_bytes(8, "big"))
         enrolled.append(state)
-    keys = make_encryption_keys(root, enrolled, he) if he else None
+    keys = make_encryption_keys(root, enrolled, he, masked=masked) if he else None
     return Federation(root, root.sign_roster(roster), tuple(enrolled), keys)
 
 
-def make_encryption_keys(root: Root, devices: Sequence[DeviceState], parameters: Parameters) -> EncryptionKeys:
+def make_encryption_keys(
+    root: Root, devices: Sequence[DeviceState], parameters: Parameters, *, masked: bool = False
+) -> EncryptionKeys:
     """What a key holder does that the root delegates: make a key, and seal it to every device.
 
     Raises:
@@ -114,7 +119,7 @@ def make_encryption_keys(root: Root, devices: Sequence[DeviceState], parameters:
     """
     holder_key = SigningKey.generate()
     holder = delegate_holder(root, _HOLDER_SERIAL, holder_key.public, time.time(), _VALID_S)
-    public, secret = make_key(root.federation, scheme_of(parameters))
+    public, secret = make_key(root.federation, scheme_of(parameters), masked=masked)
     statement = state_key(holder_key, public, number=1)
     bundles = []
     for index, device in enumerate(devices):
@@ -226,7 +231,7 @@ def device_folder(folder: Path, index: int) -> Path:
 
 @contextmanager
 def federation_of_run(
-    run_id: int, devices: int, seed: int | None = None, he: Parameters | None = None
+    run_id: int, devices: int, seed: int | None = None, he: Parameters | None = None, *, masked: bool = False
 ) -> Iterator[Federation]:
     """A federation for a run of Flower's simulation engine, whose devices find it by the run's id.
 
@@ -237,7 +242,7 @@ def federation_of_run(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     try:
-        federation = make_federation(devices, seed, he)
+        federation = make_federation(devices, seed, he, masked=masked)
         write_federation(federation, folder)
         yield federation
     finally:

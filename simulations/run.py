@@ -103,7 +103,8 @@ def _federation_of(settings: Settings, options: RunOptions) -> Federation | None
         return None
     if settings.is_encrypted and _has_begun(options):
         return recalled_federation(options.out / DEVICES, settings.clients)
-    return make_federation(settings.clients, settings.seed, parameters_of(settings, settings.clients))
+    he = parameters_of(settings, settings.clients)
+    return make_federation(settings.clients, settings.seed, he, masked=settings.is_masked)
 
 
 def _has_begun(options: RunOptions) -> bool:

@@ -31,15 +31,19 @@ from propolis.simulations.local import LocalGrid
 
 
 @cache
-def encrypted_federation(devices: int, seeded: bool = False, bits: int = 16, number: int = 0) -> Federation:
+def encrypted_federation(
+    devices: int, seeded: bool = False, bits: int = 16, number: int = 0, masked: bool = False
+) -> Federation:
     """Keys take a moment to make; nothing of a federation is changed by what uses it."""
-    return make_federation(devices, 0, choose(devices, bits, seeded=seeded))
+    return make_federation(devices, 0, choose(devices, bits, seeded=seeded), masked=masked)
 
 
-def another_key(federation: Federation, clients: int | None = None, bits: int = 16) -> EncryptionKeys:
+def another_key(
+    federation: Federation, clients: int | None = None, bits: int = 16, masked: bool = False
+) -> EncryptionKeys:
     """One that the same root stands behind."""
     parameters = choose(clients or len(federation.devices), bits)
-    return make_encryption_keys(federation.root, federation.devices, parameters)
+    return make_encryption_keys(federation.root, federation.devices, parameters, masked=masked)
 
 
 # Whether updates are masked too; a fixture of the tests chooses.

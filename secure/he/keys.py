@@ -75,6 +75,7 @@ class Material:
         parameters: their digest, so that two versions that choose differently notice.
         public_key: empty where devices encrypt under the secret key.
         secret_commitment: digest of MAC key and secret key.
+        masked: whether devices encrypt under masks only.
     """
 
     clients: int = between(1, MOST_CLIENTS)
@@ -83,6 +84,7 @@ class Material:
     public_key: bytes = sized(0, _LARGEST_PUBLIC_KEY)
     secret_commitment: bytes = sized(DIGEST_BYTES)
     seeded: bool = False
+    masked: bool = False
     version: int = version_field()
 
 
@@ -119,6 +121,7 @@ class PublicKey:
         parameters: that it is for.
         public_key: packed, or empty where there is none.
         secret_commitment: digest of its secret part.
+        masked: whether devices encrypt under it under masks only.
     """
 
     federation: bytes
@@ -126,11 +129,17 @@ class PublicKey:
     parameters: Parameters
     public_key: bytes
     secret_commitment: bytes
+    masked: bool
 
     @property
     def key_id(self) -> bytes:
         """32 bytes that stand for this key of this federation."""
         return labels.digest(labels.HE_KEY, self.federation, self.material)
+
+    @property
+    def use(self) -> str:
+        """Which updates go under it, in words."""
+        return "updates under masks only" if self.masked else "updates with or without masks"
 
 
 def delegate_holder(root: Root, serial: int, public_key: bytes, now: float, lifetime_s: int) -> Signed:
@@ -166,8 +175,14 @@ def verify_holder(root_key: bytes, roster: TrustedRoster, signed: Signed, now: f
     return holder
 
 
-def make_key(federation: bytes, scheme: Scheme) -> tuple[PublicKey, Secret]:
-    """A new key of a federation, 32 bytes of whose root's fingerprint are given."""
+def make_key(federation: bytes, scheme: Scheme, *, masked: bool = False) -> tuple[PublicKey, Secret]:
+    """A new key of a federation.
+
+    Args:
+        federation: fingerprint of the root, 32 bytes.
+        scheme: that it is for.
+        masked: whether devices encrypt under masks only.
+    """
     secret_key, public_key = scheme.generate()
     secret, chosen = Secret(os.urandom(MAC_KEY_BYTES), secret_key), scheme.parameters
     material = Material(
@@ -177,6 +192,7 @@ def make_key(federation: bytes, scheme: Scheme) -> tuple[PublicKey, Secret]:
         b"" if chosen.seeded else public_key,
         _commitment(secret),
         chosen.seeded,
+        masked,
     )
     return read_material(federation, encode(material, pb.Material)), secret
 
@@ -195,7 +211,8 @@ def read_material(federation: bytes, data: bytes) -> PublicKey:
         raise PeerError(Refusal.HE_KEY, "the key is for parameters that this version would not choose")
     if len(material.public_key) != (0 if material.seeded else parameters.public_key_bytes):
         raise PeerError(Refusal.MALFORMED, f"a public key of {len(material.public_key)} bytes")
-    return PublicKey(federation, data, parameters, material.public_key, material.secret_commitment)
+    commitment = material.secret_commitment
+    return PublicKey(federation, data, parameters, material.public_key, commitment, material.masked)
 
 
 def state_key(holder_key: SigningKey, key: PublicKey, number: int) -> Signed:

@@ -11,21 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 from attacks.uniformity import looks_uniform
-from encrypted_app import EncryptedHive, another_key, require_opened, sum_of, under_masks
+from encrypted_app import EncryptedHive, another_key, encrypted_federation, require_opened, sum_of, under_masks
 from encrypting import adder, decryptor, scheme, tags
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from protocol import MOST_DEVICES, SHARED_INPUT, Cohort, Round, over_ciphertexts, pairwise_mask
-from secure_app import MODEL, Hive, answer, arrays_of, body_of, exchange_of, mean_shift, outcome_of
+from secure_app import MODEL, Hive, answer, arrays_of, body_of, exchange_of, honest, mean_shift, outcome_of
 
 from propolis.client.encrypted import _keys_of, encrypt_under_masks
 from propolis.client.state import FileStore, MemoryStore
 from propolis.flower import with_content
 from propolis.messages import RECORD, broadcast_in, protocol_record, refusal_of
+from propolis.protos import he_pb2
 from propolis.secure import labels
-from propolis.secure.errors import PeerError, Refusal, TooFewPeersError
-from propolis.secure.he.held import scheme_of
+from propolis.secure.errors import PeerError, Refusal, TooFewPeersError, TrustError
+from propolis.secure.he.held import KeyBundle, scheme_of
+from propolis.secure.he.keys import Material
 from propolis.secure.he.masks import CiphertextMasks
 from propolis.secure.he.messages import EncryptedPlan, EncryptedSum, EncryptedUpload, pieces
 from propolis.secure.he.tag import add_tags, tag_bytes, tag_from_wire
@@ -36,6 +38,8 @@ from propolis.secure.secagg.messages import PrepareRequest, UploadReply, from_by
 from propolis.secure.secagg.plan import Kind, Plan, Terms
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
+from propolis.secure.wire import decode, encode
+from propolis.server.he_grid import Encryption
 from propolis.server.masked_round import MaskedRounds, Masking
 from propolis.simulations.federation import SIMULATED
 
@@ -301,6 +305,41 @@ def test_a_round_that_was_prepared_with_masks_is_never_answered_without() -> Non
     said = [m for m in hive.wire.replies if m.has_error()]
     assert len(said) >= 5
     assert {refusal_of(message.error.code) for message in said} == {Refusal.STALE}
+
+
+def test_under_a_key_for_masks_devices_encrypt_under_masks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a server asks for, in rounds to train and to evaluate, and whatever the device's policy."""
+    trained: list[int] = []
+
+    def noted(message: Message, index: int) -> RecordDict:
+        trained.append(index)
+        return honest(message, index)
+
+    federation = encrypted_federation(5, masked=True)
+    EncryptedHive(5, noted, federation=federation).round()
+    assert len(trained) == 5
+    monkeypatch.setattr(Encryption, "__post_init__", lambda self: None)  # a server that does not keep to it
+    under_masks.set(False)
+    EncryptedHive(5, noted, federation=encrypted_federation(5)).round()
+    assert len(trained) == 10
+    lax = EncryptedHive(5, noted, federation=federation, attempts=1)
+    for kind in ("train", "evaluate"):
+        with pytest.raises(TooFewPeersError, match="encrypt: policy"):
+            lax.round(kind=kind)
+    assert len(trained) == 10
+
+
+def test_no_server_makes_a_key_for_masks_one_without() -> None:
+    """What the key is for is in its id, which the holder signs."""
+    hive = EncryptedHive(5, federation=encrypted_federation(5, masked=True))
+    hive.round()
+    store, bundle = hive.stores[0], KeyBundle.from_bytes(hive.keys.bundles[0])
+    assert isinstance(store, MemoryStore)
+    assert _keys_of(store).newest.public.masked
+    material = replace(decode(Material, bundle.material, he_pb2.Material), masked=False)
+    store.keep_he_key(replace(bundle, material=encode(material, he_pb2.Material)).to_bytes())
+    with pytest.raises(TrustError, match="of another key"):
+        _keys_of(store)
 
 
 @pytest.mark.parametrize(("said", "is_refused"), [(True, True), (False, False), (None, False)])

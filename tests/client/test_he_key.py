@@ -233,11 +233,12 @@ def test_the_command_installs_from_files(made: Holding, propolis: Command, mista
     line = ["client", "he-key", "he/he.public", "he/he.keys", "--dir", home, "--passphrase-file", "word"]
     done = propolis(*line)
     assert done.returncode == 0, done.stderr
-    assert "for sums of 10 devices at most and values of 16 bits" in done.stdout
+    assert "sums of 10 devices at most and values of 16 bits, and for updates with or without masks" in done.stdout
     assert load_he_key(home, made.device(0), NOW, Seal(b"open sesame")) is not None
     assert "cannot read" in mistake(*line[:2], "nothing", *line[3:])
     assert "is encrypted" in mistake(*line[:6])
-    made.issue(Asked(renew=True))
+    made.issue(Asked(masked=True, renew=True), now=NOW + 1)
+    assert "and for updates under masks only" in propolis(*line).stdout
     (made.folder / "he" / "he.public").write_bytes(b"garbage")
     refused = propolis(*line)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

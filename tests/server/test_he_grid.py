@@ -25,6 +25,7 @@ from propolis.secure.he.messages import EncryptedPlan, EncryptedUpload
 from propolis.secure.secagg.plan import Kind
 from propolis.secure.secagg.policy import Policy
 from propolis.server.he_grid import Encryption
+from propolis.server.masked_round import Masking
 from propolis.simulations.federation import make_federation
 from propolis.simulations.local import LocalGrid
 
@@ -312,6 +313,19 @@ def test_more_devices_than_the_key_has_room_for_are_a_mistake() -> None:
 def test_a_key_of_too_few_bits_is_a_mistake() -> None:
     with pytest.raises(UsageError, match="weights need 8 bits or more, and the key is for 7"):
         Encryption(another_key(make_federation(3), bits=7).public, 1.0)
+
+
+def test_a_key_for_masks_without_them_is_a_mistake() -> None:
+    federation = make_federation(3)
+    masked, plain = another_key(federation, masked=True).public, another_key(federation).public
+    for key in (masked, plain):
+        Encryption(key, 1.0, masking=Masking())
+    with pytest.raises(UsageError, match="is for updates under masks only: an Encryption under it needs masking"):
+        Encryption(masked, 1.0)
+    Encryption(plain, 1.0)
+    hive = EncryptedHive(3, masking=None)
+    with pytest.raises(UsageError, match="needs masking"):
+        hive.grid.renew_key(masked)
 
 
 # A device that sends something else is a drop-out, and the round goes on

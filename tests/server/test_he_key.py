@@ -316,11 +316,24 @@ def test_a_part_that_was_lost_is_sealed_again_and_a_damaged_file_is_told(made: H
 
 def test_other_parameters_need_another_key(made: Holding) -> None:
     made.issue()
-    for asked in (Asked(clients=20), Asked(value_bits=8), Asked(seeded=False)):
-        with pytest.raises(UsageError, match="the key is for 10 devices and 16 bits, seeded: --renew"):
+    has = "the key is for 10 devices and 16 bits, seeded, and for updates with or without masks: --renew"
+    for asked in (Asked(clients=20), Asked(value_bits=8), Asked(seeded=False), Asked(masked=True)):
+        with pytest.raises(UsageError, match=has):
             made.issue(asked)
     parameters = made.issue(Asked(value_bits=8, renew=True)).key.parameters
     assert (parameters.clients, parameters.value_bits, parameters.seeded) == (10, 8, True)
+
+
+def test_a_key_for_masks_is_followed_by_one_for_masks_unless_it_is_asked_otherwise(made: Holding) -> None:
+    assert not made.issue().key.masked
+    key = made.issue(Asked(masked=True, renew=True)).key
+    assert key.masked
+    assert accept_key(made.published, made.trust, NOW).key.masked
+    assert made.issue(Asked(masked=True)).key == key
+    with pytest.raises(UsageError, match="seeded, and for updates under masks only: --renew"):
+        made.issue(Asked(masked=False))
+    assert made.issue(Asked(renew=True)).key.masked
+    assert not made.issue(Asked(masked=False, renew=True)).key.masked
 
 
 def test_nobody_is_no_reason_for_a_key(tmp_path: Path) -> None:
@@ -406,7 +419,12 @@ def test_the_commands_tell_what_is_to_be_done(made: Holding, propolis: Command, 
     assert "sealed for 2 devices now, 2 have it" in done.stdout
     assert "copy out/he.public and out/he.keys to the server" in done.stdout
     again = json.loads(propolis("federation", "he-key", *flags, "--json").stdout)
-    assert (again["new"], again["sealed"], again["devices"]) == (False, [], 2)
+    assert (again["new"], again["sealed"], again["devices"], again["masked"]) == (False, [], 2, False)
+    assert "with or without masks: --renew makes another one" in mistake("federation", "he-key", *flags, "--masks")
+    masked = propolis("federation", "he-key", *flags, "--masks", "--renew")
+    assert "it is for updates under masks only" in masked.stdout
+    assert json.loads(propolis("federation", "he-key", *flags, "--json").stdout)["masked"]
+    assert "under masks only: --renew makes another one" in mistake("federation", "he-key", *flags, "--no-masks")
     assert "--renew makes another one" in mistake("federation", "he-key", *flags, "--bits", "8")
     assert "holds no federation" in mistake("federation", "he-key", *flags, "--federation", "nothing")
     assert "cannot read nothing" in mistake("federation", "he-key", *flags, "--holder", "nothing")

@@ -202,6 +202,17 @@ def test_a_run_is_held_to_the_key(made: Holding) -> None:
         key_for(key, Settings(**{**SETTINGS, "he_mode": "public"}))
 
 
+def test_a_run_without_masks_is_not_under_a_key_for_masks(made: Holding) -> None:
+    masks = Settings(**{**SETTINGS, "protection": "he+secagg"})
+    server = Server(made)
+    key_for(server.key, masks)  # a run may protect more than its key asks for
+    made.issue(replace(RENEW, masked=True))
+    assert key_for(server.key, masks).masked
+    line = r"protection: the federation's key is for updates under masks only, and the run is he: set it to he\+secagg"
+    with pytest.raises(UsageError, match=line):
+        key_for(server.key, Settings(**SETTINGS))
+
+
 def test_a_round_has_room_in_the_key_and_enough_devices_have_it(made: Holding) -> None:
     key = Server(made).key
     with pytest.raises(UsageError, match=r"for sums of 10 devices at most, and 11 train .* --renew --clients 11"):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file
 
@@ -31,11 +33,13 @@ from propolis.server.checkpoint import RunState
 from propolis.server.job import RunOptions, settings_to_resume
 from propolis.server.report import write_results
 from propolis.settings import Settings, load_settings
+from propolis.simulations.apps import _members_of_run, load_data
 from propolis.simulations.dropout import DropoutGrid, steps_of
 from propolis.simulations.federation import (
     DevicesInMemory,
     make_federation,
     parameters_of,
+    recalled_federation,
 )
 from propolis.simulations.local import LocalGrid
 from propolis.simulations.partition import Partition
@@ -110,6 +114,24 @@ def test_a_run_leaves_a_model_that_devices_can_open_and_nothing_else_can(tmp_pat
     secrets = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.is_file())
     assert all(array.tobytes() not in secrets for array in model.arrays.values())
     assert (tmp_path / "devices").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("protection", ["he", "he+secagg"])
+def test_the_key_of_a_run_under_masks_is_for_masks(tmp_path: Path, protection: str) -> None:
+    simulate(job(protection=protection, rounds=1), RunOptions(tmp_path))
+    federation = recalled_federation(tmp_path / "devices", 5)
+    assert federation.he is not None
+    assert federation.he.public.masked == (protection == "he+secagg")
+
+
+@pytest.mark.parametrize("protection", ["he", "he+secagg"])
+def test_the_key_of_flowers_engine_is_for_masks_where_the_run_has_them(protection: str) -> None:
+    _, data = load_data("digits", None)
+    grid, settings = Mock(get_node_ids=lambda: range(3)), job(protection=protection, clients=3, min_clients=3)
+    with _members_of_run(settings, data, grid, Context(os.getpid(), 1, {}, RecordDict(), {})) as (members, _):
+        assert members is not None
+        assert members.he_key is not None
+        assert members.he_key.masked == (protection == "he+secagg")
 
 
 class StopAfter(FederatedRun):

@@ -113,6 +113,17 @@ def test_no_other_key_is_believed() -> None:
         verify_key(verified(), state_key(HOLDER_KEY, elsewhere, 3), elsewhere)
 
 
+def test_a_holder_says_of_a_key_that_it_is_for_masks_and_nobody_else_does() -> None:
+    made = scheme(seeded=True)
+    key, _ = make_key(ROOT.federation, made, masked=True)
+    assert key.masked
+    assert not make_key(ROOT.federation, made)[0].masked
+    other = read_material(ROOT.federation, changed(key.material, masked=False))
+    assert (other.masked, replace(other, material=key.material, masked=True)) == (False, key)
+    with pytest.raises(TrustError, match="of another key"):
+        verify_key(verified(), state_key(HOLDER_KEY, key, 3), other)
+
+
 def changed(material: bytes, **changes: object) -> bytes:
     return encode(replace(decode(Material, material, pb.Material), **changes), pb.Material)  # type: ignore[arg-type]
 
