@@ -164,9 +164,9 @@ class KeyHolder:
         self.root, self._key = root, SigningKey.generate()
         self._delegation = delegate_holder(root, serial, self._key.public, time.time(), DAY_S)
 
-    def bundles(self, number: int, devices: Sequence[DeviceState]) -> dict[int, bytes]:
+    def bundles(self, number: int, devices: Sequence[DeviceState], masked: bool = False) -> dict[int, bytes]:
         """A new key with this number, for these devices."""
-        public, secret = make_key(self.root.federation, scheme_of(choose(10, 8, seeded=True)))
+        public, secret = make_key(self.root.federation, scheme_of(choose(10, 8, seeded=True)), masked=masked)
         statement, made = state_key(self._key, public, number), dict[int, bytes]()
         for state in devices:
             digest = descriptor_digest(state.descriptor)

@@ -19,7 +19,7 @@ from harness import free_port, one_line_error, wait_until
 from propolis.client.encrypted import OpenedModel, open_model_file
 from propolis.client.ready import ready_app
 from propolis.client.state import FOLDER_KEY, FileStore
-from propolis.secure.errors import PropolisError, TrustError, UsageError
+from propolis.secure.errors import PropolisError, TooFewPeersError, TrustError, UsageError
 from propolis.secure.he import bfv
 from propolis.secure.he.held import KeyBundle, scheme_of
 from propolis.secure.he.keys import read_material
@@ -114,6 +114,24 @@ def test_a_run_leaves_what_its_server_may_know(site: Site) -> None:
     assert not files & {"model.safetensors", "curves.png", "devices"}
     assert site.run(rounds=3) == again  # nothing is left to do
     assert site.opened(1).round == 3
+
+
+def test_a_federation_whose_key_is_for_masks_trains_with_them_and_with_nothing_less(site: Site) -> None:
+    site.bundles = site.holder.bundles(2, site.federation.devices, masked=True)
+    put_key(site.server / "he", site.bundles)
+    site.write(wait_for=DEVICES)
+    with pytest.raises(UsageError, match="protection: the federation's key is for updates under masks only"):
+        site.run()
+    site.write(wait_for=DEVICES, protection="he+secagg")
+    started = site.devices()
+    result = site.run()
+    assert result is not None
+    assert result["status"] == "completed"
+    assert (site.opened(1).round, site.opened(1).devices) == (2, DEVICES)
+    site.write(wait_for=DEVICES, protection="secagg", he_mode=None, bits=None, rounds=1)
+    with pytest.raises(TooFewPeersError, match="prepare: policy"):
+        serve(load_served(site.folder / "server.toml", {"out": str(site.folder / "plain")}))
+    started.close()
 
 
 def no_key(site: Site) -> None:
