@@ -29,6 +29,8 @@ from propolis.messages import open_record
 from propolis.secure.errors import PropolisError, RefusedError
 from propolis.secure.he.held import KeyBundle
 from propolis.secure.he.messages import EncryptedPlan
+from propolis.secure.secagg.messages import PrepareRequest, from_bytes
+from propolis.secure.secagg.plan import Terms
 from propolis.secure.secagg.states import Exchange
 
 # A round does not wait for longer: its deadline may be near.
@@ -85,14 +87,11 @@ class KeyFetcher:
         Called in the app's thread. It never raises: the round itself finds out what the device has then.
         """
         try:
-            exchange, body = open_record(message.content if message.has_content() else RecordDict())
-            if exchange is not Exchange.ENCRYPT:
-                return
-            wanted = EncryptedPlan.from_bytes(body).key_id
+            wanted = _wanted(message)
         except RefusedError:  # which is for the round to say
             return
         loop = self._loop
-        if loop is None or self._key_id() == wanted:
+        if loop is None or not wanted or self._key_id() == wanted:
             return
         asked = asyncio.run_coroutine_threadsafe(self.take(), loop)
         try:
@@ -116,3 +115,13 @@ class KeyFetcher:
         bundle, device = KeyBundle.from_bytes(data), Keyholder.under(self._folder, self._seal)
         key = install_he_key(self._folder, device, bundle.published, bundle.sealed, time.time(), self._seal)
         _log.info("took key %d of homomorphic encryption", key.number)
+
+
+def _wanted(message: Message) -> bytes:
+    """Id of the key that a round begins under; empty of any other message. Raises PeerError where it is malformed."""
+    exchange, body = open_record(message.content if message.has_content() else RecordDict())
+    if exchange is Exchange.PREPARE:  # under masks the plan comes with this
+        body = Terms(from_bytes(PrepareRequest, body).plan).plan.encrypted
+    elif exchange is not Exchange.ENCRYPT:
+        return b""
+    return EncryptedPlan.from_bytes(body).key_id if body else b""

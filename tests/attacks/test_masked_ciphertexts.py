@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from protocol import MOST_DEVICES, SHARED_INPUT, Cohort, Round, over_ciphertexts, pairwise_mask
 from secure_app import MODEL, Hive, answer, arrays_of, body_of, exchange_of, honest, mean_shift, outcome_of
 
+from propolis.client import he_fetch
 from propolis.client.encrypted import _keys_of, encrypt_under_masks
 from propolis.client.state import FileStore, MemoryStore
 from propolis.flower import with_content
@@ -577,3 +578,31 @@ def test_after_a_crash_the_sum_that_was_told_counts_against_another_of_nearly_th
     hive.grid.model = None
     with pytest.raises(TooFewPeersError, match="differ by fewer than 3"):
         hive.round(nodes=range(1, 8), **{"server-round": 1})
+
+
+def test_an_error_counts_for_the_kind_of_round_that_it_came_in() -> None:
+    """A server that begins another kind of round while the app trains would else have errors counted for that."""
+    hives: list[EncryptedHive] = []
+
+    def fail(message: Message, index: int) -> RecordDict:
+        store = hives[0].stores[index]
+        plan = store.change(lambda device: device.terms.plan)
+        other = replace(plan, kind=Kind.EVALUATE).to_bytes()
+        store.change(lambda device: setattr(device.state, "plan", other))
+        raise ValueError("no")
+
+    hives.append(EncryptedHive(5, fail, policy=Policy(max_reveals_per_model=1), attempts=1))
+    for said in ("training-failed", "reveals"):
+        with pytest.raises(TooFewPeersError, match=f"upload: {said}"):
+            hives[0].round()
+
+
+def test_a_device_looks_for_the_key_of_a_round_when_it_is_asked_to_prepare() -> None:
+    hive = EncryptedHive(5)
+    hive.round()
+    prepares, uploads = ([m for m in hive.wire.requests if exchange_of(m) == name] for name in ("prepare", "upload"))
+    assert {he_fetch._wanted(message) for message in prepares} == {hive.keys.public.key_id}
+    assert {he_fetch._wanted(message) for message in uploads} == {b""}
+    plain = Hive(3)
+    plain.round()
+    assert {he_fetch._wanted(m) for m in plain.wire.requests if exchange_of(m) == "prepare"} == {b""}

@@ -552,3 +552,18 @@ def test_one_device_that_refuses_a_good_model_does_not_have_it_given_up() -> Non
     with pytest.raises(TooFewPeersError):
         hive.round()
     assert sum_of(hive) is model
+
+
+def test_an_app_that_cannot_evaluate_costs_no_model() -> None:
+    def work(message: Message, index: int) -> RecordDict:
+        if message.metadata.message_type == "evaluate":
+            raise ValueError("no")
+        return honest(message, index)
+
+    hive = EncryptedHive(4, work, attempts=1)
+    hive.round()
+    hive.round()
+    model = sum_of(hive)
+    with pytest.raises(TooFewPeersError, match="training-failed"):
+        hive.round("evaluate")
+    assert sum_of(hive) is model
