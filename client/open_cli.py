@@ -15,7 +15,7 @@ from propolis.secure.errors import PropolisError, UsageError
 
 if TYPE_CHECKING:
     from propolis.client.config import ClientConfig
-    from propolis.client.encrypted import OpenedModel
+    from propolis.client.encrypted_sums import OpenedModel
     from propolis.convert import Quantization
 
 WEIGHTS_FILE, SAYS_FILE = "model.safetensors", "model.json"
@@ -66,7 +66,7 @@ def open_command(
 
 def _opened(folder: Path, model: Path, told: ClientConfig, passphrase_file: Path | None) -> OpenedModel:
     """The model; raises UsageError whatever keeps it from being opened."""
-    from propolis.client.encrypted import open_model_file
+    from propolis.client.encrypted_sums import open_model_file
     from propolis.client.seal import Seal
     from propolis.client.state import STATE_FILE, FileStore, policy_of
     from propolis.link.keys import passphrase_of

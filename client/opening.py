@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from propolis.client.config import ClientConfig
-from propolis.client.encrypted import OpenedModel, open_model
+from propolis.client.encrypted_sums import OpenedModel, open_model
 from propolis.client.seal import Seal
 from propolis.client.state import DeviceStore, FileStore, policy_of
 from propolis.link.keys import PASSPHRASE_VARIABLE

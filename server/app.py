@@ -22,9 +22,10 @@ from propolis.secure.errors import CancelledError, TooFewPeersError, UsageError
 from propolis.secure.he.keys import PublicKey
 from propolis.secure.identity import TrustedRoster
 from propolis.server.checkpoint import RoundRecord, RunState, save_checkpoint
+from propolis.server.encryption import Encryption
 from propolis.server.exchange import MeteredGrid
 from propolis.server.grid import SecureGrid
-from propolis.server.he_grid import Encryption, HeGrid
+from propolis.server.he_grid import HeGrid
 from propolis.server.masked_round import Masking
 from propolis.server.model import GlobalModel
 from propolis.server.planner import Protection

@@ -1,8 +1,8 @@
 """`HeGrid`: any Flower Grid, and a server that adds up what it cannot read, and sends on what it cannot read.
 
-One exchange a round: each device gets the encrypted model, trains, and sends its weights encrypted, which are added
-to one sum as they come. Whoever does not answer is not in the sum, which costs nothing else. The strategy chooses the
-devices and the configuration; the model that it sees is the public one that the run began with, all the time.
+Each device gets the encrypted model, trains, and sends its weights encrypted, which are added to one sum as they come:
+in one exchange, or under masks in those of secure aggregation. The strategy chooses the devices and the configuration;
+the model that it sees is the public one that the run began with, all the time.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from propolis.messages import RECORD, Arrays, encrypted_input_of, with_model_elsewhere
 from propolis.secure.errors import PeerError, Refusal, TooFewPeersError, UsageError
 from propolis.secure.he.held import scheme_of
 from propolis.secure.he.keys import PublicKey
-from propolis.secure.he.layout import SMALLEST_VALUE_BITS
 from propolis.secure.he.messages import EncryptedPlan, EncryptedSum, Entry
 from propolis.secure.he.total import EncryptedTotal
 from propolis.secure.identity import TrustedRoster
@@ -35,8 +33,9 @@ from propolis.secure.secagg.plan import Kind
 from propolis.server.batch import Batch, Outcome
 from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
+from propolis.server.encryption import Encryption, require_blind
 from propolis.server.he_round import Asking, Collected, collect
-from propolis.server.masked_round import MaskedRounds, Masking
+from propolis.server.masked_round import MaskedRounds
 from propolis.server.protected_grid import HANDSHAKE_S, Attempts, ProtectedGrid
 from propolis.server.secure_round import say_hello
 
@@ -44,39 +43,6 @@ _MOST_NAMED = 20
 # What devices say where nothing can be done with the model: not a sum, or one that no round can go on from.
 _OF_A_SPOILT_MODEL = (Refusal.CIPHERTEXT, Refusal.NOT_FINITE, Refusal.TRAINING_FAILED, Refusal.WEIGHT)
 _log = logging.getLogger("propolis.server")
-
-
-@dataclass(frozen=True, slots=True)
-class Encryption:
-    """How a federation's rounds are encrypted.
-
-    Attributes:
-        key: its public part, which is all that the server has.
-        max_weight: largest weight of a device, public; a larger one is cut to it.
-        range: smallest magnitude of a weight that the first round has room for; later ones follow the model.
-        min_clients: fewest devices that a sum is over; devices have a floor of their own.
-        attempts: times that a batch is tried.
-        masking: how updates are masked, so that not even a device, which has the key, can open another one's; None
-            leaves them without masks, which a key may forbid.
-    """
-
-    key: PublicKey
-    max_weight: float
-    range: float = 1.0
-    min_clients: int = 3
-    attempts: int = 3
-    masking: Masking | None = None
-
-    def __post_init__(self) -> None:
-        if not (0 < self.max_weight < inf and 1e-12 <= self.range <= 1e12):
-            raise UsageError("an Encryption needs max_weight > 0 and a range in 1e-12..1e12")
-        if self.attempts < 1 or self.min_clients < 1:
-            raise UsageError("an Encryption needs attempts and min_clients of at least 1")
-        if self.key.parameters.value_bits < SMALLEST_VALUE_BITS:
-            bits = self.key.parameters.value_bits
-            raise UsageError(f"weights need {SMALLEST_VALUE_BITS} bits or more, and the key is for {bits}")
-        if self.key.masked and self.masking is None:
-            raise UsageError(f"the key is for {self.key.use}: an Encryption under it needs masking")
 
 
 class HeGrid(ProtectedGrid):
@@ -298,18 +264,3 @@ def _say_keyless(channel: Channel, nodes: Mapping[int, int]) -> None:
     if keyless := _keyless(channel, nodes):
         named = ", ".join(map(str, keyless[:_MOST_NAMED]))
         _log.warning("%d without the key of this round or of its model: device %s", len(keyless), named)
-
-
-def require_blind(strategy: Strategy) -> None:
-    """Refuse a strategy that does anything with the mean but to take it, see `FedAvg.aggregate_train`.
-
-    Raises:
-        UsageError: it is one; the message names it.
-    """
-    if isinstance(strategy, FedAvg) and type(strategy).aggregate_train is FedAvg.aggregate_train:
-        return
-    named = next((base for base in type(strategy).__mro__ if "aggregate_train" in vars(base)), type(strategy))
-    raise UsageError(
-        f"{named.__name__} computes on updates or on their mean, and under homomorphic encryption the server sees "
-        "neither; use FedAvg or FedProx"
-    )

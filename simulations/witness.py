@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from propolis.client.encrypted import OpenedModel, open_model, open_model_file, open_sum
+from propolis.client.encrypted_sums import OpenedModel, open_model, open_model_file, open_sum
 from propolis.client.state import MemoryStore
 from propolis.secure.errors import PeerError
 from propolis.secure.secagg.plan import Kind

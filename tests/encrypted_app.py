@@ -14,7 +14,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 from secure_app import Arrays, Rounds, Wire, Work, app_of, body_of, honest, mean_shift
 
-from propolis.client.encrypted import OpenedModel, open_model, open_sum
+from propolis.client.encrypted_sums import OpenedModel, open_model, open_sum
 from propolis.client.state import DeviceStore, MemoryStore
 from propolis.flower import with_content
 from propolis.messages import RECORD, protocol_record
@@ -24,7 +24,8 @@ from propolis.secure.he.parameters import choose
 from propolis.secure.secagg.messages import UploadReply, from_bytes, to_bytes
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
-from propolis.server.he_grid import Encryption, HeGrid
+from propolis.server.encryption import Encryption
+from propolis.server.he_grid import HeGrid
 from propolis.server.masked_round import Masking
 from propolis.simulations.federation import SIMULATED, EncryptionKeys, Federation, make_encryption_keys, make_federation
 from propolis.simulations.local import LocalGrid

@@ -14,7 +14,7 @@ from encrypted_app import EncryptedHive, another_key, encrypted_federation, sum_
 from flwr.app import Message, RecordDict
 from secure_app import MODEL, body_of, exchange_of, outcome_of, record
 
-from propolis.client.encrypted import open_model, open_model_file
+from propolis.client.encrypted_sums import open_model, open_model_file
 from propolis.client.state import FileStore, MemoryStore
 from propolis.flower import with_content
 from propolis.messages import RECORD, protocol_record, refusal_of

@@ -20,7 +20,8 @@ from protocol import MOST_DEVICES, SHARED_INPUT, Cohort, Round, over_ciphertexts
 from secure_app import MODEL, Hive, answer, arrays_of, body_of, exchange_of, honest, mean_shift, outcome_of
 
 from propolis.client import he_fetch
-from propolis.client.encrypted import _keys_of, encrypt_under_masks
+from propolis.client.encrypted import encrypt_under_masks
+from propolis.client.encrypted_sums import keys_of
 from propolis.client.state import FileStore, MemoryStore
 from propolis.flower import with_content
 from propolis.messages import RECORD, broadcast_in, protocol_record, refusal_of
@@ -40,7 +41,7 @@ from propolis.secure.secagg.plan import Kind, Plan, Terms
 from propolis.secure.secagg.policy import Policy
 from propolis.secure.secagg.states import Exchange
 from propolis.secure.wire import decode, encode
-from propolis.server.he_grid import Encryption
+from propolis.server.encryption import Encryption
 from propolis.server.masked_round import MaskedRounds, Masking
 from propolis.simulations.federation import SIMULATED
 
@@ -245,7 +246,7 @@ def constant(message: Message, index: int) -> RecordDict:
 def test_a_device_with_the_key_cannot_open_the_upload_of_another() -> None:
     hive = EncryptedHive(5, constant)
     hive.round()
-    key = _keys_of(hive.stores[1]).newest
+    key = keys_of(hive.stores[1]).newest
     with pytest.raises(PeerError) as caught:
         key.open(stolen(hive, 0), 1)
     assert caught.value.refusal is Refusal.CIPHERTEXT
@@ -259,7 +260,7 @@ def test_without_masks_it_could() -> None:
     under_masks.set(False)
     hive = EncryptedHive(5, constant)
     hive.round()
-    key = _keys_of(hive.stores[1]).newest
+    key = keys_of(hive.stores[1]).newest
     np.testing.assert_allclose(key.open(stolen(hive, 0), 1)[1].arrays["w"], np.ones_like(MODEL["w"]), atol=1e-3)
     made = scheme_of(hive.keys.public.parameters)
     slots = key._decryptor.decrypt(hive.uploads()[0].ciphertexts[: made.ciphertext_bytes])
@@ -336,11 +337,11 @@ def test_no_server_makes_a_key_for_masks_one_without() -> None:
     hive.round()
     store, bundle = hive.stores[0], KeyBundle.from_bytes(hive.keys.bundles[0])
     assert isinstance(store, MemoryStore)
-    assert _keys_of(store).newest.public.masked
+    assert keys_of(store).newest.public.masked
     material = replace(decode(Material, bundle.material, he_pb2.Material), masked=False)
     store.keep_he_key(replace(bundle, material=encode(material, he_pb2.Material)).to_bytes())
     with pytest.raises(TrustError, match="of another key"):
-        _keys_of(store)
+        keys_of(store)
 
 
 @pytest.mark.parametrize(("said", "is_refused"), [(True, True), (False, False), (None, False)])

@@ -14,7 +14,7 @@ from conftest import Command
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from propolis.client.encrypted import open_model_file
+from propolis.client.encrypted_sums import open_model_file
 from propolis.client.state import FileStore
 from propolis.secure.secagg.policy import Policy
 from propolis.server.app import initial_model

@@ -15,7 +15,7 @@ from conftest import Command
 from delivering import Site
 from sklearn.datasets import load_digits
 
-from propolis.client.encrypted import open_model_file
+from propolis.client.encrypted_sums import open_model_file
 from propolis.client.infer import probe_of_this_device
 from propolis.client.installed import InstalledModels
 from propolis.client.opening import Opening

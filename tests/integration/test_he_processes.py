@@ -19,7 +19,7 @@ from enrolling import serving
 from holding import Holding
 
 from harness import free_port, wait_until
-from propolis.client.encrypted import open_model_file
+from propolis.client.encrypted_sums import open_model_file
 from propolis.client.enroll import Enrolling, enroll
 from propolis.client.he_folder import HE_FORMER_FILE, HE_KEY_FILE
 from propolis.client.state import FileStore

@@ -24,7 +24,7 @@ from propolis.secure.he.held import Assignment, EncodedUpdate, HeldKey
 from propolis.secure.he.messages import EncryptedPlan, EncryptedUpload
 from propolis.secure.secagg.plan import Kind
 from propolis.secure.secagg.policy import Policy
-from propolis.server.he_grid import Encryption
+from propolis.server.encryption import Encryption
 from propolis.server.masked_round import Masking
 from propolis.simulations.federation import make_federation
 from propolis.simulations.local import LocalGrid

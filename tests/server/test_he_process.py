@@ -16,7 +16,7 @@ from delivering import KeyHolder, put_key
 from linked import Devices
 
 from harness import free_port, one_line_error, wait_until
-from propolis.client.encrypted import OpenedModel, open_model_file
+from propolis.client.encrypted_sums import OpenedModel, open_model_file
 from propolis.client.ready import ready_app
 from propolis.client.state import FOLDER_KEY, FileStore
 from propolis.secure.errors import PropolisError, TooFewPeersError, TrustError, UsageError

@@ -11,7 +11,7 @@ from encrypted_app import EncryptedHive, another_key, encrypted_federation, requ
 from flwr.serverapp.strategy import FedAvg
 from secure_app import MODEL, mean_shift, outcome_of
 
-from propolis.client.encrypted import open_model
+from propolis.client.encrypted_sums import open_model
 from propolis.client.he_folder import HE_FORMER_FILE
 from propolis.client.state import FileStore, MemoryStore
 from propolis.secure.errors import TooFewPeersError, TrustError

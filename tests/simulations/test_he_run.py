@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from harness import Blobs
 from propolis.client.app import Participant, make_client_app
-from propolis.client.encrypted import OpenedModel, open_model_file
+from propolis.client.encrypted_sums import OpenedModel, open_model_file
 from propolis.client.state import FileStore
 from propolis.client.train import LocalTrainer
 from propolis.client.update import SecureMod
