@@ -6,7 +6,8 @@ leaves the device is encrypted under the federation's key, and tagged for this a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from propolis.client.encrypted_sums import HeldKeys, keys_of
 from propolis.client.local_update import Asked, trained_update
+from propolis.client.progress import told
 from propolis.client.state import DeviceStore
 from propolis.messages import (
     Arrays,
@@ -191,7 +193,8 @@ def _encoded_update(
     held = {name: array.astype(np.float64) for name, array in old.items() if name in expected.names}
     rng = np.random.default_rng(int.from_bytes(seed, "big"))
     assignment = Assignment(asked.plan, held, not asked.broadcast, asked.shared_input)
-    return asked.keys.newest.encoded(assignment, Sample(arrays, update.weight, update.metrics), rng)
+    encoded = asked.keys.newest.encoded(assignment, Sample(arrays, update.weight, update.metrics), rng)
+    return replace(encoded, watched=partial(told, what="encrypting the update"))
 
 
 def _require_same_attempt(plan: EncryptedPlan, around: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from propolis.client.progress import told
 from propolis.client.state import DeviceStore
 from propolis.secure.errors import PeerError, Refusal, RefusedError, TrustError, UsageError
 from propolis.secure.he.held import HeldKey, Owner, held_key
@@ -70,7 +72,7 @@ class HeldKeys:
         key_id = EncryptedPlan.key_in(total.plan)
         for key in (self.newest, *self.former):
             if key.public.key_id == key_id:
-                return key.open(total, floor)
+                return key.open(total, floor, partial(told, what="opening the encrypted model"))
         raise TrustError(Refusal.HE_KEY, "the model is under a key that this device has not, or that it has erased")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +26,15 @@ from propolis.secure.wire import decode, encode, sized, version_field
 
 _LARGEST_SEALED = LARGEST_SEALED + 2**10
 LARGEST_BUNDLE = LARGEST_PUBLISHED + _LARGEST_SEALED + 2**10
+
+
+# Passes pieces of work on, of which there will be so many.
+Watch = Callable[[Iterable[bytes], int], Iterable[bytes]]
+
+
+def _unwatched(pieces: Iterable[bytes], total: int) -> Iterable[bytes]:
+    del total
+    return pieces
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -104,7 +113,10 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EncodedUpdate:
-    """A device's integers, and what encrypts them; a `propolis.secure.secagg.addition.Addend`."""
+    """A device's integers, and what encrypts them; a `propolis.secure.secagg.addition.Addend`.
+
+    `watched` sees the ciphertexts as they are made, and how many there will be.
+    """
 
     round_tag: bytes
     metrics: tuple[str, ...]
@@ -112,11 +124,13 @@ class EncodedUpdate:
     encryptor: Encryptor
     tags: Tags
     device: int
+    watched: Watch = _unwatched
 
     def masked(self, masks: Sequence[Mask]) -> bytes:
         """The bytes of an `EncryptedUpload`; without masks, who has the key can open it."""
         ciphertexts = encrypt_vector(self.values, self.encryptor, self.tags, self.device, masks)
-        return EncryptedUpload(self.round_tag, self.metrics, b"".join(ciphertexts)).to_bytes()
+        watched = self.watched(ciphertexts, self.tags.chunks)
+        return EncryptedUpload(self.round_tag, self.metrics, b"".join(watched)).to_bytes()
 
 
 class HeldKey:
@@ -156,31 +170,33 @@ class HeldKey:
         tags = self._tags(plan.round_id(names, assignment.shared_input), layout)
         return EncodedUpdate(plan.tag, names, values, self._encryptor, tags, self._device)
 
-    def open(self, total: EncryptedSum, floor: int) -> tuple[EncryptedPlan, Opened]:
+    def open(self, total: EncryptedSum, floor: int, watched: Watch = _unwatched) -> tuple[EncryptedPlan, Opened]:
         """The sum of a round: the plan that it was made under, and what it says.
 
         Args:
             total: as it came.
             floor: fewest devices that this one opens a sum of.
+            watched: sees the ciphertexts as they are opened, and how many there are.
 
         Raises:
             PeerError: with one code and one text, whatever is wrong with it.
         """
         try:
             plan = EncryptedPlan.from_bytes(total.plan)
-            sums = self._sums(plan, total, floor)
+            sums = self._sums(plan, total, floor, watched)
             return plan, layout_of(plan, total.metrics, self.public.parameters).decode(sums, len(total.devices))
         except PeerError:
             raise refused() from None
 
-    def _sums(self, plan: EncryptedPlan, total: EncryptedSum, floor: int) -> NDArray[np.int64]:
+    def _sums(self, plan: EncryptedPlan, total: EncryptedSum, floor: int, watched: Watch) -> NDArray[np.int64]:
         layout = layout_of(plan, total.metrics, self.public.parameters)
         tags = self._tags(plan.round_id(total.metrics, total.shared_input), layout)
         size = self._scheme.ciphertext_bytes + tag_bytes(self.public.parameters)
         if len(total.ciphertexts) != size * tags.chunks:
             raise refused()
         declared = Declared(total.devices, floor, layout.count)
-        return open_vector(pieces(total.ciphertexts, size), self._decryptor, tags, declared)
+        ciphertexts = watched(pieces(total.ciphertexts, size), tags.chunks)
+        return open_vector(ciphertexts, self._decryptor, tags, declared)
 
     def _tags(self, round_id: bytes, layout: Layout) -> Tags:
         parameters = self.public.parameters
