@@ -34,6 +34,6 @@ def members_of(settings: Settings, membership: Membership, he_key: ServedKey, jo
         newest_key = partial(key_for, he_key, settings)
         key = newest_key()
         require_room(key.parameters.clients, largest_round(settings, membership.roster.roster))
-        return replace(members, he_key=key, newest_key=newest_key)
+        return replace(members, he_key=key, newest_key=newest_key, journal=journal)
     # Devices are told the codec's randomness anyway; from the seed, a run that crashed goes on as if it had not.
     return replace(members, journal=journal)

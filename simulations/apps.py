@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from propolis.client.train import LocalTrainer, derive_seed
 from propolis.client.update import SecureMod, StoreOf, secure_mod
 from propolis.secure.errors import UsageError
 from propolis.server.app import FederatedRun, Members
-from propolis.server.roster import load_roster
+from propolis.server.he_served import KEY_FOLDER, ServedKey, key_for
+from propolis.server.membership import Membership
 from propolis.settings import Settings, load_settings
 from propolis.simulations.federation import SIMULATED, Federation, federation_of_run, parameters_of, simulated_mod
 from propolis.simulations.partition import Partition
@@ -134,10 +136,7 @@ def _members_of_run(
         return
     devices = len(list(grid.get_node_ids()))
     if folder := str(context.run_config.get("federation") or ""):
-        if settings.is_encrypted:
-            raise UsageError("protection he is for simulated devices in this version; choose secagg")
-        roster = load_roster(Path(folder))
-        yield Members(roster, largest_device(settings, data, len(roster.roster.entries))), None
+        yield _members_in(Path(folder), settings, data), None
         return
     if devices < SIMULATED.min_cohort:
         raise UsageError(f"a secure sum takes {SIMULATED.min_cohort} devices or more: this federation has {devices}")
@@ -146,6 +145,17 @@ def _members_of_run(
         he_key = federation.he.public if federation.he else None
         largest = largest_device(settings, data, devices)
         yield Members(federation.verified_roster, largest, settings.seed, he_key=he_key), federation
+
+
+def _members_in(folder: Path, settings: Settings, data: DataSet) -> Members:
+    """Those of the federation in a server's folder, with the key in ``he`` there where updates are encrypted."""
+    membership = Membership(folder)
+    roster = membership.roster
+    members = Members(roster, largest_device(settings, data, len(roster.roster.entries)))
+    if not settings.is_encrypted:
+        return members
+    newest_key = partial(key_for, ServedKey(folder / KEY_FOLDER, membership), settings)
+    return replace(members, he_key=newest_key(), newest_key=newest_key)
 
 
 client = make_client_app(_participant_of_run, [_mod_of_run])
