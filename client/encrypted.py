@@ -33,7 +33,7 @@ from propolis.secure.errors import PeerError, Refusal
 from propolis.secure.he.held import Assignment, EncodedUpdate, forget_opened
 from propolis.secure.he.layout import Opened, Sample
 from propolis.secure.he.messages import EncryptedPlan, EncryptedSum
-from propolis.secure.he.tag import refused
+from propolis.secure.he.tag import refused, require_set
 from propolis.secure.secagg.device import Device, Upload, require_roster
 from propolis.secure.secagg.plan import Kind, Plan, Terms
 
@@ -104,11 +104,11 @@ def encrypt_under_masks(
     stored, seed = store.change(begin)
     if stored is not None:
         return stored
-    content = _opened(store, asked)
-    model = model_digest(model_in(content))
+    opened = _opened(store, asked)
+    model = opened.digest
     store.change(lambda device: device.require_reveals_left(model, terms.kind))
     try:
-        update = _encoded_update(store, asked, content, seed, context, call_next)
+        update = _encoded_update(store, asked, opened, seed, context, call_next)
     except Exception:  # whatever it is, that there is one says something of the data
         store.change(lambda device: device.count_reveal(model, terms.kind))
         raise
@@ -152,48 +152,72 @@ class _Asked:
         return Asked(Kind(self.plan.kind), self.plan.weight_key, frozenset(entry.name for entry in self.plan.entries))
 
 
-def _opened(store: DeviceStore, asked: _Asked) -> RecordDict:
+@dataclass(frozen=True, slots=True, repr=False)
+class _Given:
+    """What a device was given to work on.
+
+    Attributes:
+        content: for the app, with the model.
+        digest: of the model; of one that came encrypted, of just what was.
+        made_under: id of the key that the model was encrypted under; empty of a public one.
+    """
+
+    content: RecordDict
+    digest: bytes
+    made_under: bytes
+
+
+def _opened(store: DeviceStore, asked: _Asked) -> _Given:
     """What the application put into the message, with the model; raises PeerError or TrustError."""
     content = without_record(asked.message.content)
     if asked.broadcast:
         made_by, opened = _opened_broadcast(store, asked)
         content = _with_model(content, made_by, opened)
-        if made_by.key_id == asked.plan.key_id and asked.keys.kept > 1:  # the federation has moved on to the newest
-            store.forget_former_he_keys()
-            forget_opened()
+        given = _Given(content, model_digest(opened.arrays), made_by.key_id)
+    else:
+        given = _Given(content, model_digest(model_in(content)), b"")
     _require_arrays(asked.plan, model_in(content))
-    return content
+    return given
 
 
 def _opened_broadcast(store: DeviceStore, asked: _Asked) -> tuple[EncryptedPlan, Opened]:
-    """The model that came encrypted. What is none is counted: who tries forgeries shall not go on for ever."""
-    total = EncryptedSum.from_bytes(asked.broadcast)
+    """The model that came encrypted; raises PeerError or TrustError.
+
+    What only the key tells to be none is counted: who tries forgeries shall not go on for ever.
+    """
+    total, floor = EncryptedSum.from_bytes(asked.broadcast), store.policy.min_cohort
     if total.frozen:
         raise PeerError(Refusal.MALFORMED, "what training leaves alone does not come with the encrypted model")
-    key_id = EncryptedPlan.key_in(total.plan)
-    store.change(lambda device: device.require_trusted_key(key_id))
+    key = asked.keys.key_of(total).public
+    if EncryptedPlan.from_bytes(total.plan).kind != Kind.TRAIN:
+        raise refused()
+    require_set(total.devices, floor, key.parameters)
+    store.change(lambda device: device.require_trusted_key(key.key_id))
     try:
-        made_by, opened = asked.keys.open(total, store.policy.min_cohort)
-        if made_by.kind != Kind.TRAIN:
-            raise refused()
-        return made_by, opened
+        return asked.keys.open(total, floor)
     except PeerError:
-        store.change(lambda device: device.state.count_refused_sum(key_id))
+        store.change(lambda device: device.state.count_refused_sum(key.key_id))
         raise
 
 
 def _encoded_update(
-    store: DeviceStore, asked: _Asked, content: RecordDict, seed: bytes, context: Context, call_next: ClientAppCallable
+    store: DeviceStore, asked: _Asked, given: _Given, seed: bytes, context: Context, call_next: ClientAppCallable
 ) -> EncodedUpdate:
     """Let the app train, or evaluate, and make integers of what it answers; raises PeerError."""
-    expected, old, message = asked.update, model_in(content), asked.message
-    message.content = content
+    expected, old, message = asked.update, model_in(given.content), asked.message
+    if asked.broadcast:
+        store.change(lambda device: device.take_training(given.digest, expected.kind))
+    message.content = given.content
     update = trained_update(message, context, call_next, old, expected, store.policy)
     arrays = {name: old[name].astype(np.float64) + change for name, change in update.changes.items()}
     held = {name: array.astype(np.float64) for name, array in old.items() if name in expected.names}
     rng = np.random.default_rng(int.from_bytes(seed, "big"))
     assignment = Assignment(asked.plan, held, not asked.broadcast, asked.shared_input)
     encoded = asked.keys.newest.encoded(assignment, Sample(arrays, update.weight, update.metrics), rng)
+    if expected.kind is Kind.TRAIN and given.made_under == asked.plan.key_id and asked.keys.kept > 1:
+        # The federation has moved on to this key, with a model that can be trained: nothing before it comes any more.
+        store.forget_he_keys_before(asked.keys.bundle)
+        forget_opened()
     return replace(encoded, watched=partial(told, what="encrypting the update"))
 
 

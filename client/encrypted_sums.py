@@ -54,11 +54,13 @@ class HeldKeys:
         newest: what it encrypts under.
         former: under which the model of a round may be that is the first one under the newest.
         kept: how many keys there are, with those whose makers may not any more.
+        bundle: of the newest.
     """
 
     newest: HeldKey
     former: tuple[HeldKey, ...]
     kept: int
+    bundle: bytes
 
     def open(self, total: EncryptedSum, floor: int) -> tuple[EncryptedPlan, Opened]:
         """`HeldKey.open` with the key that a sum is under.
@@ -69,10 +71,14 @@ class HeldKeys:
             PeerError: see `HeldKey.open`.
             TrustError: the device has no such key.
         """
+        return self.key_of(total).open(total, floor, partial(told, what="opening the encrypted model"))
+
+    def key_of(self, total: EncryptedSum) -> HeldKey:
+        """The key that a sum says that it is under; raises as `open`."""
         key_id = EncryptedPlan.key_in(total.plan)
         for key in (self.newest, *self.former):
             if key.public.key_id == key_id:
-                return key.open(total, floor, partial(told, what="opening the encrypted model"))
+                return key
         raise TrustError(Refusal.HE_KEY, "the model is under a key that this device has not, or that it has erased")
 
 
@@ -90,7 +96,7 @@ def keys_of(store: DeviceStore) -> HeldKeys:
         for bundle in bundles[1:]:
             with suppress(RefusedError):  # its holder was revoked, or its time is over
                 former.append(held_key(bundle, state.root_key, roster, owner, device.now))
-        return HeldKeys(newest, tuple(former), len(bundles))
+        return HeldKeys(newest, tuple(former), len(bundles), bundles[0])
 
     return store.change(held)
 

@@ -44,6 +44,7 @@ _POLICY_KEYS: dict[str, str] = {
     "propolis-require-encryption": "require_encryption",
     "propolis-require-masks": "require_masks",
     "propolis-max-refused-sums": "max_refused_sums",
+    "propolis-max-trainings": "max_trainings_per_model",
     "propolis-allow-unprotected": "allow_unprotected",
 }
 
@@ -74,8 +75,8 @@ class DeviceStore(Protocol):
         The first is the newest, and what the device encrypts under; models under the others may still come.
         """
 
-    def forget_former_he_keys(self) -> None:
-        """Keep the newest key alone."""
+    def forget_he_keys_before(self, bundle: bytes) -> None:
+        """Keep no key that is older than this one; where the device has not this one, all stay."""
 
 
 class SharedVersion:
@@ -106,7 +107,8 @@ class MemoryStore:
     def __init__(
         self, state: DeviceState, policy: Policy, shared: SharedVersion | None = None, he_key: bytes | None = None
     ) -> None:
-        self._state, self._he_keys = state, () if he_key is None else (he_key,)
+        self._state = state
+        self._he_keys: tuple[bytes, ...] = () if he_key is None else (he_key,)
         self._lock = threading.Lock()
         self._model: Version | None = None
         self._shared = shared or SharedVersion()
@@ -137,9 +139,10 @@ class MemoryStore:
         """Keep a newer key before those that there are."""
         self._he_keys = (data, *self._he_keys)
 
-    def forget_former_he_keys(self) -> None:
-        """See `DeviceStore.forget_former_he_keys`."""
-        self._he_keys = self._he_keys[:1]
+    def forget_he_keys_before(self, bundle: bytes) -> None:
+        """See `DeviceStore.forget_he_keys_before`."""
+        if bundle in self._he_keys:
+            self._he_keys = self._he_keys[: self._he_keys.index(bundle) + 1]
 
 
 class FileStore:
@@ -205,10 +208,14 @@ class FileStore:
         with locked(self._folder / LOCK_FILE):
             write_he_keys(self._folder, self._seal, data, read_he_keys(self._folder, self._seal))
 
-    def forget_former_he_keys(self) -> None:
-        """See `DeviceStore.forget_former_he_keys`; a file that cannot be removed is left for the next time."""
+    def forget_he_keys_before(self, bundle: bytes) -> None:
+        """See `DeviceStore.forget_he_keys_before`; a file that cannot be removed is left for the next time."""
         with locked(self._folder / LOCK_FILE):
-            forget_former_keys(self._folder)
+            keys = read_he_keys(self._folder, self._seal)
+            if keys[:1] == (bundle,):
+                forget_former_keys(self._folder)
+            elif bundle in keys:  # a newer one has come meanwhile, and this is what the model is still under
+                write_he_keys(self._folder, self._seal, keys[0], keys[1 : keys.index(bundle) + 1])
 
 
 def policy_of(node_config: Mapping[str, Any]) -> Policy:

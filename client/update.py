@@ -151,6 +151,7 @@ def _upload(
         asked = Asked.of(terms)
         asked.require_type(message)
         asked.require_names(old, exactly=False)
+        device.require_sums_allowed()  # it may have a key since it prepared
         device.require_reveals_left(model, terms.kind)
         pipeline = Pipeline(terms.encoding, len(terms.cohort), shapes_of(old), old)
         device.require_share(pipeline.support)

@@ -38,7 +38,7 @@ from propolis.settings import Settings
 from propolis.storage import write_atomically
 
 # A simulation shows every model as often as it likes.
-SIMULATED = Policy(max_reveals_per_model=None)
+SIMULATED = Policy(max_reveals_per_model=None, max_trainings_per_model=None)
 _VALID_S = 365 * 24 * 3600
 _HOLDER_SERIAL = 1
 _ROOT_FILE = "root.key"

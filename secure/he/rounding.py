@@ -4,7 +4,7 @@ A ciphertext holds round(q m / t) and noise. So the sum of ciphertexts says a li
 they were rounded by, added up, under noise that is only some ten times larger. Where a device's message is to be hidden
 from who has the key, its ciphertext holds a Gaussian around q m / t instead, rounded. Then what depends on the single
 messages of h honest devices, beside their sum, is about exp(-2 pi^2 s^2 (h - 1) / h) for a coefficient (Poisson
-summation): with s = 2, 2^-57 for two devices and 2^-77 for three, before SEAL's own noise, which is larger, is on top.
+summation): with s = 2, 2^-57 for two devices and 2^-76 for three, before SEAL's own noise, which is larger, is on top.
 Numbers of double precision end at 8.6 deviations, so nothing below 2^-56 is claimed.
 """
 

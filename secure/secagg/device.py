@@ -252,8 +252,7 @@ class Device:
     def _require_policy_of_encoding(self, plan: Plan, encoding: Encoding) -> None:
         """Support, scale, width and seed are the server's to choose within these limits."""
         policy = self._policy
-        if policy.require_encryption:
-            raise PeerError(Refusal.POLICY, "this device asks for homomorphic encryption (propolis-require-encryption)")
+        self.require_sums_allowed()
         self.require_weight(encoding.weight_key)
         if encoding.width < policy.min_bits:
             raise PeerError(Refusal.POLICY, f"{encoding.width} bits are fewer than {policy.min_bits}")
@@ -276,7 +275,7 @@ class Device:
             raise PeerError(Refusal.STALE, "the run began before others that this device has forgotten")
         if run_id not in self.state.runs and began_at(run_id) > self._now * 1000 + MOST_AHEAD_MS:
             raise PeerError(
-                Refusal.STALE, "the run begins more than a day from now: compare this clock with the server's"
+                Refusal.STALE, "the run begins more than an hour from now: compare this clock with the server's"
             )
         if name <= self.state.last_of_run(run_id):
             raise PeerError(Refusal.STALE, f"round {name[0]}, attempt {name[1]} is not a new one")
@@ -293,6 +292,28 @@ class Device:
         least = self._policy.min_density * support.dimension
         if support.size < least:
             raise PeerError(Refusal.POLICY, f"{support.size} of {support.dimension} values are fewer than {least:g}")
+
+    def require_sums_allowed(self) -> None:
+        """Refuse a round whose sum the server reads, where the policy does; raises PeerError."""
+        if self._policy.require_encryption:
+            raise PeerError(Refusal.POLICY, "this device asks for homomorphic encryption (propolis-require-encryption)")
+
+    def take_training(self, model: bytes, kind: Kind) -> None:
+        """Count that a secret model is about to be trained or evaluated: how that ends tells the server of it.
+
+        Args:
+            model: digest of the model.
+            kind: of the round.
+
+        Raises:
+            PeerError: that has been done as often as the policy allows.
+        """
+        allowed, counted = self._policy.max_trainings_per_model, _counted(model, kind, b"trained")
+        if allowed is None:
+            return
+        if self.state.reveals.get(counted, 0) >= allowed:
+            raise PeerError(Refusal.REVEALS, f"this model was worked on {allowed} times, as often as allowed")
+        self.state.count_reveal(counted)
 
     def require_reveals_left(self, model: bytes, kind: Kind) -> None:
         """Against differencing: sums over one model are revealed a limited number of times, across all runs.
@@ -378,5 +399,5 @@ def _upload_digest(request: bytes, shared_input: bytes) -> bytes:
     return labels.digest(labels.REQUEST, request, shared_input)
 
 
-def _counted(model: bytes, kind: Kind) -> bytes:
-    return labels.digest(labels.MODEL, model, kind.name.encode())
+def _counted(model: bytes, kind: Kind, *what: bytes) -> bytes:
+    return labels.digest(labels.MODEL, model, kind.name.encode(), *what)

@@ -33,6 +33,8 @@ class Policy:
             key of homomorphic encryption, see `on_device`.
         require_masks: take part only in rounds in which not even who has the federation's key of homomorphic
             encryption could read this device's own update.
+        max_trainings_per_model: how often this device trains, or evaluates, one encrypted model, whatever comes of it:
+            whether it fails under a configuration of the server's choice tells of the model. None: any number.
         max_refused_sums: encrypted sums that this device may find not to be what they are said to be before it uses
             their key no more; the key's holder then has to make another one.
     """
@@ -52,7 +54,8 @@ class Policy:
     allow_unprotected: bool = False
     require_encryption: bool | None = None
     require_masks: bool = False
-    max_refused_sums: int = 100
+    max_refused_sums: int = 1000
+    max_trainings_per_model: int | None = 16
 
     def __post_init__(self) -> None:
         if self.min_cohort < 2 or self.min_threshold < 1:
@@ -65,6 +68,8 @@ class Policy:
             raise UsageError("a policy needs min_bits in 2..32, min_density in [0, 1] and max_step > 0")
         if self.max_refused_sums < 1:
             raise UsageError("a policy's max_refused_sums must be at least 1")
+        if self.max_trainings_per_model is not None and self.max_trainings_per_model < 1:
+            raise UsageError("a policy's max_trainings_per_model must be at least 1")
         if self.max_reveals_per_model is not None and self.max_reveals_per_model < 1:
             raise UsageError("a policy's max_reveals_per_model must be at least 1")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from encrypted_app import EncryptedHive, another_key, encrypted_federation, sum_of
 from flwr.app import Message, RecordDict
-from secure_app import MODEL, body_of, exchange_of, outcome_of, record
+from secure_app import MODEL, body_of, exchange_of, honest, outcome_of, record
 
 from propolis.client.encrypted_sums import open_model, open_model_file
 from propolis.client.state import FileStore, MemoryStore
@@ -451,9 +451,9 @@ def test_a_run_of_a_time_that_is_far_from_having_come_is_refused() -> None:
     """It would be remembered in place of true ones."""
     hive = EncryptedHive(3)
     hive.round()
-    assert asked_again(hive, run_id=new_run_id(time.time() + 90_000, os.urandom)) is Refusal.STALE
+    assert asked_again(hive, run_id=new_run_id(time.time() + 7200, os.urandom)) is Refusal.STALE
     assert asked_again(hive, run_id=b"\xff" * 16) is Refusal.STALE
-    assert asked_again(hive, run_id=new_run_id(time.time() + 3600, os.urandom)) is None
+    assert asked_again(hive, run_id=new_run_id(time.time() + 1800, os.urandom)) is None
 
 
 # A server that asks questions
@@ -515,3 +515,30 @@ def test_a_key_under_which_too_many_sums_were_none_is_used_no_more() -> None:
 def test_what_training_leaves_alone_does_not_ride_on_the_encrypted_model(hive: EncryptedHive) -> None:
     hive.round(**{"server-round": 50})
     assert asked_again(hive, replace(sum_of(hive), frozen=b"more").to_bytes(), attempt=1) is Refusal.MALFORMED
+
+
+def test_a_floor_that_is_not_reached_is_no_forgery() -> None:
+    hive = EncryptedHive(4, policy=Policy(max_refused_sums=2, min_cohort=4, max_reveals_per_model=None))
+    hive.round()
+    three = replace(sum_of(hive), alive=to_bitmap([0, 1, 2], 4)).to_bytes()
+    for attempt in range(1, 5):
+        assert asked_again(hive, three, attempt=attempt) is Refusal.CIPHERTEXT
+    assert asked_again(hive, attempt=9) is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_is_worked_on_a_limited_number_of_times_whatever_comes_of_it(fails: bool) -> None:
+    """Whether training fails under settings of the server's choice tells it how large the weights are."""
+    sick: list[bool] = []
+
+    def work(message: Message, index: int) -> RecordDict:
+        if sick:
+            raise ValueError("not finite")
+        return honest(message, index)
+
+    hive = EncryptedHive(3, work, policy=Policy(max_trainings_per_model=3, max_reveals_per_model=None))
+    hive.round()
+    hive.round()  # once
+    sick.extend([True] * fails)
+    said = [asked_again(hive, attempt=attempt) for attempt in range(1, 5)]
+    assert said == [Refusal.TRAINING_FAILED if fails else None] * 2 + [Refusal.REVEALS] * 2

@@ -607,3 +607,35 @@ def test_a_device_looks_for_the_key_of_a_round_when_it_is_asked_to_prepare() -> 
     plain = Hive(3)
     plain.round()
     assert {he_fetch._wanted(m) for m in plain.wire.requests if exchange_of(m) == "prepare"} == {b""}
+
+
+def test_other_frozen_values_do_not_make_another_model_to_be_summed_over() -> None:
+    def work(message: Message, index: int) -> RecordDict:
+        moved = dict(arrays_of(message))
+        del moved["fixed"]
+        return answer(moved, num_examples=1)
+
+    hive = EncryptedHive(5, work, frozen=["fixed"], attempts=1, policy=Policy(max_reveals_per_model=2))
+    hive.round(model={**MODEL, "fixed": np.zeros(1, np.float32)})
+    before = hive.grid.model
+    for value in (1, 2):
+        hive.round(model={**MODEL, "fixed": np.full(1, value, np.float32)})
+        hive.grid.model = before
+    with pytest.raises(TooFewPeersError, match="upload: reveals"):
+        hive.round(model={**MODEL, "fixed": np.full(1, 3, np.float32)})
+
+
+def test_a_key_that_comes_between_prepare_and_upload_ends_a_plain_round() -> None:
+    hive = Hive(5, policy=Policy(max_reveals_per_model=None), attempts=1)
+    keys = encrypted_federation(5).he
+    assert keys is not None
+
+    def deliver(exchange: str, message: Message) -> Message:
+        if exchange == "upload":
+            index = message.metadata.dst_node_id - 1
+            hive.stores[index].keep_he_key(keys.bundles[index])
+        return message
+
+    hive.wire.deliver = deliver
+    with pytest.raises(TooFewPeersError, match="upload: policy"):
+        hive.round()

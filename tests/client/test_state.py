@@ -384,5 +384,7 @@ def test_a_key_of_homomorphic_encryption_is_under_the_devices_passphrase(tmp_pat
         assert b"key of" not in (folder / file).read_bytes()
     with pytest.raises(StorageError):
         FileStore(folder, Policy()).he_keys()
-    store.forget_former_he_keys()
+    store.forget_he_keys_before(b"a key that it has not")
+    assert len(store.he_keys()) == 2
+    store.forget_he_keys_before(b"another key of as many")
     assert store.he_keys() == (b"another key of as many",)

@@ -437,10 +437,11 @@ def test_a_policy_comes_from_the_nodes_configuration() -> None:
         "propolis-require-encryption": True,
         "propolis-require-masks": True,
         "propolis-max-refused-sums": 7,
+        "propolis-max-trainings": 3,
         "propolis-dir": "/somewhere",
         "partition-id": 3,
     }
-    assert policy_of(config) == Policy(5, 2, 0.2, 0, 100, "minutes", 1.5, 9, True, 8, 0.5, 2, False, True, True, 7)
+    assert policy_of(config) == Policy(5, 2, 0.2, 0, 100, "minutes", 1.5, 9, True, 8, 0.5, 2, False, True, True, 7, 3)
     assert policy_of({}) == Policy()
     assert policy_of({}).require_encryption is None
     assert policy_of({"propolis-require-encryption": False}).require_encryption is False

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from encrypted_app import EncryptedHive, another_key, encrypted_federation, require_opened, sum_of
+from flwr.app import Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from secure_app import MODEL, mean_shift, outcome_of
+from secure_app import MODEL, honest, mean_shift, outcome_of
 
-from propolis.client.encrypted_sums import open_model
+from propolis.client import encrypted
+from propolis.client.encrypted_sums import HeldKeys, open_model
 from propolis.client.he_folder import HE_FORMER_FILE
-from propolis.client.state import FileStore, MemoryStore
+from propolis.client.state import DeviceStore, FileStore, MemoryStore
 from propolis.secure.errors import TooFewPeersError, TrustError
 from propolis.secure.he.messages import EncryptedPlan, EncryptedUpload
 from propolis.secure.secagg.policy import Policy
@@ -211,3 +213,51 @@ def test_a_server_says_which_devices_have_not_the_key(caplog: pytest.LogCaptureF
     hive.round()
     assert "2 without the key of this round or of its model: device 1, 3" in caplog.text
     assert "this device has no key of homomorphic encryption" in caplog.text
+
+
+def test_a_key_that_comes_while_a_model_is_worked_on_does_not_cost_the_one_that_it_is_under(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or all devices, which hear of a new key at the same time, would have nothing left to open the model with."""
+    hive = EncryptedHive(4)
+    hive.round(**{"server-round": 1})
+    second = rotated(hive)
+    hive.round(**{"server-round": 2})
+    third = another_key(hive.federation)
+    keys_of = encrypted.keys_of
+
+    def late(store: DeviceStore) -> HeldKeys:
+        """The keys as they are when a round looks at them; and then there is another one."""
+        keys, index = keys_of(store), hive.stores.index(store)
+        if third.bundles[index] not in store.he_keys():
+            store.keep_he_key(third.bundles[index])
+        return keys
+
+    monkeypatch.setattr(encrypted, "keys_of", late)
+    hive.round(**{"server-round": 3})
+    expected = [(third.bundles[i], second.bundles[i]) for i in range(4)]
+    assert [store.he_keys() for store in hive.stores] == expected
+
+
+def test_a_device_keeps_the_old_key_until_it_has_trained_a_model_under_the_new_one() -> None:
+    """One that opens and cannot be trained is given up for that before it, which is under the old one."""
+    sick: list[bool] = []
+
+    def work(message: Message, index: int) -> RecordDict:
+        if sick and message.metadata.message_type == "train":
+            raise ValueError("nothing finite comes of this")
+        return honest(message, index)
+
+    hive = EncryptedHive(4, work, attempts=1)
+    hive.round(**{"server-round": 1})
+    rotated(hive)
+    hive.round(**{"server-round": 2})
+    sick.append(True)
+    with pytest.raises(TooFewPeersError, match="which is therefore given up"):
+        hive.round(**{"server-round": 3})
+    assert [len(store.he_keys()) for store in hive.stores] == [2] * 4
+    hive.round("evaluate", **{"server-round": 3})
+    assert [len(store.he_keys()) for store in hive.stores] == [2] * 4
+    sick.clear()
+    hive.round(**{"server-round": 3})
+    require_opened(hive.opened(), after(1, 4), range(4), 1e-3)
