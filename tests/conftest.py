@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,13 @@ import pytest
 from harness import Blobs, one_line_error
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def unfiltered() -> Iterator[None]:
+    """A simulation lets its devices say each thing once in a process; the next test starts anew."""
+    yield
+    logging.getLogger("propolis.client").filters.clear()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from propolis.client.state import FileStore
 from propolis.link.authority import Authority
 from propolis.link.certificates import DeviceName, new_tls_key, signing_request, to_pem
 from propolis.link.keys import save_private_key
+from propolis.secure.secagg.policy import Policy
 
 Mistake = Callable[..., str]
 
@@ -212,7 +213,7 @@ def test_predict_computes_with_what_is_installed_and_says_what_that_is(publisher
 def test_predict_opens_keys_under_a_passphrase(publisher: Publisher, propolis: Command, mistake: Mistake) -> None:
     install(publisher, 1, 1.0)
     folder, secret = publisher.folder / "device-0", publisher.folder / "passphrase"
-    state = FileStore(folder, None).change(lambda device: device.state)  # type: ignore[arg-type]  # it asks for none
+    state = FileStore(folder, Policy()).change(lambda device: device.state)
     (folder / "device.state").unlink()
     FileStore.create(folder, state, Seal(b"open sesame"))
     secret.write_text("open sesame\n")

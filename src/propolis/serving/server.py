@@ -147,6 +147,8 @@ def _grpc_options(largest_message: int, calls: int) -> list[tuple[str, int]]:
         # A call counts from its first byte, whether its message comes or not: no connection may have all of them, and
         # none lives for ever. A client connects again by itself, and goes on meanwhile.
         ("grpc.max_concurrent_streams", max(1, calls // _CONNECTIONS_FOR_ALL)),
+        # Or gRPC refuses, at random, a caller that has as many under way as it may and begins one as another ends.
+        ("grpc.http.overload_protection", 0),
         ("grpc.max_allowed_incoming_connections", _MOST_CONNECTIONS),
         ("grpc.max_connection_age_ms", _AGE_S * 1000),
         ("grpc.max_connection_age_grace_ms", _AGE_GRACE_S * 1000),
