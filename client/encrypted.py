@@ -63,6 +63,7 @@ def encrypt_update(
     def begin(device: Device) -> bytes:
         plan = asked.plan
         require_roster(device.roster(), plan.roster_number, plan.roster_digest)
+        device.require_trusted_key(plan.key_id)
         device.require_weight(plan.weight_key)
         name = (plan.round, plan.attempt)
         device.require_new(plan.run_id, name)
@@ -98,6 +99,7 @@ def encrypt_under_masks(
     def begin(device: Device) -> tuple[bytes | None, bytes]:
         if device.terms.bytes != terms.bytes:
             raise PeerError(Refusal.PHASE, "another round has begun")
+        device.require_trusted_key(plan.key_id)
         device.require_weight(plan.weight_key)
         return device.begin_upload(request, asked.shared_input), device.rounding_seed(plan.kind, plan.round)
 
@@ -139,7 +141,6 @@ class _Asked:
         """Look at a message; raises PeerError or TrustError where that is enough to refuse it."""
         keys = keys_of(store)
         keys.newest.require_plan(plan)
-        store.change(lambda device: device.require_trusted_key(plan.key_id))
         broadcast = broadcast_in(message.content)
         _, shared_input = encrypted_input_of(without_record(message.content), broadcast, message.metadata.group_id)
         asked = cls(plan, keys, message, broadcast, shared_input)
@@ -158,26 +159,26 @@ class _Given:
 
     Attributes:
         content: for the app, with the model.
+        model: its arrays.
         digest: of the model; of one that came encrypted, of just what was.
         made_under: id of the key that the model was encrypted under; empty of a public one.
     """
 
     content: RecordDict
+    model: Arrays
     digest: bytes
     made_under: bytes
 
 
 def _opened(store: DeviceStore, asked: _Asked) -> _Given:
     """What the application put into the message, with the model; raises PeerError or TrustError."""
-    content = without_record(asked.message.content)
+    content, made_under = without_record(asked.message.content), b""
     if asked.broadcast:
         made_by, opened = _opened_broadcast(store, asked)
-        content = _with_model(content, made_by, opened)
-        given = _Given(content, model_digest(opened.arrays), made_by.key_id)
-    else:
-        given = _Given(content, model_digest(model_in(content)), b"")
-    _require_arrays(asked.plan, model_in(content))
-    return given
+        content, made_under = _with_model(content, made_by, opened), made_by.key_id
+    model = model_in(content)
+    _require_arrays(asked.plan, model)
+    return _Given(content, model, model_digest(opened.arrays if asked.broadcast else model), made_under)
 
 
 def _opened_broadcast(store: DeviceStore, asked: _Asked) -> tuple[EncryptedPlan, Opened]:
@@ -188,15 +189,16 @@ def _opened_broadcast(store: DeviceStore, asked: _Asked) -> tuple[EncryptedPlan,
     total, floor = EncryptedSum.from_bytes(asked.broadcast), store.policy.min_cohort
     if total.frozen:
         raise PeerError(Refusal.MALFORMED, "what training leaves alone does not come with the encrypted model")
-    key = asked.keys.key_of(total).public
-    if EncryptedPlan.from_bytes(total.plan).kind != Kind.TRAIN:
+    made_by = total.made_by()
+    key = asked.keys.key(made_by.key_id)
+    if made_by.kind != Kind.TRAIN:
         raise refused()
-    require_set(total.devices, floor, key.parameters)
-    store.change(lambda device: device.require_trusted_key(key.key_id))
+    require_set(total.devices, floor, key.public.parameters)
+    store.change(lambda device: device.require_trusted_key(made_by.key_id))
     try:
         return asked.keys.open(total, floor)
     except PeerError:
-        store.change(lambda device: device.state.count_refused_sum(key.key_id))
+        store.change(lambda device: device.state.count_refused_sum(made_by.key_id))
         raise
 
 
@@ -204,7 +206,7 @@ def _encoded_update(
     store: DeviceStore, asked: _Asked, given: _Given, seed: bytes, context: Context, call_next: ClientAppCallable
 ) -> EncodedUpdate:
     """Let the app train, or evaluate, and make integers of what it answers; raises PeerError."""
-    expected, old, message = asked.update, model_in(given.content), asked.message
+    expected, old, message = asked.update, given.model, asked.message
     if asked.broadcast:
         store.change(lambda device: device.take_training(given.digest, expected.kind))
     message.content = given.content

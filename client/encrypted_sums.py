@@ -71,11 +71,10 @@ class HeldKeys:
             PeerError: see `HeldKey.open`.
             TrustError: the device has no such key.
         """
-        return self.key_of(total).open(total, floor, partial(told, what="opening the encrypted model"))
+        return self.key(total.made_by().key_id).open(total, floor, partial(told, what="opening the encrypted model"))
 
-    def key_of(self, total: EncryptedSum) -> HeldKey:
-        """The key that a sum says that it is under; raises as `open`."""
-        key_id = EncryptedPlan.key_in(total.plan)
+    def key(self, key_id: bytes) -> HeldKey:
+        """The key with this id; raises TrustError where the device has no such key."""
         for key in (self.newest, *self.former):
             if key.public.key_id == key_id:
                 return key

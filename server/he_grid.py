@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from propolis.messages import RECORD, Arrays, encrypted_input_of, with_model_elsewhere
+from propolis.messages import RECORD, Arrays, with_model_elsewhere
 from propolis.secure.errors import PeerError, Refusal, TooFewPeersError, UsageError
 from propolis.secure.he.held import scheme_of
 from propolis.secure.he.keys import PublicKey
@@ -34,7 +34,7 @@ from propolis.server.batch import Batch, Outcome
 from propolis.server.channel import Channel, Content
 from propolis.server.directory import Directory
 from propolis.server.encryption import Encryption, require_blind
-from propolis.server.he_round import Asking, Collected, collect
+from propolis.server.he_round import Asking, Collected, Given, collect
 from propolis.server.masked_round import MaskedRounds
 from propolis.server.protected_grid import HANDSHAKE_S, Attempts, ProtectedGrid
 from propolis.server.secure_round import say_hello
@@ -146,25 +146,24 @@ class HeGrid(ProtectedGrid):
 
     def _round(self, batch: Batch) -> Message:
         channel = Channel(self.inner, batch.message_type, batch.messages[0].metadata.group_id, self._cancelled)
-        collected = self._recalled(batch) or self._collected(batch, channel)
+        given = Given.of(self._content(batch), batch.messages[0].metadata.group_id)
+        collected = self._recalled(batch, given) or self._collected(batch, given, channel)
         alive = to_bitmap(collected.alive, len(self._roster.roster.entries))
         summed = collected.summed
-        total = EncryptedSum(
-            collected.plan.encoded, alive, summed.metrics, summed.ciphertexts, self._shared_input(batch)
-        )
+        total = EncryptedSum(collected.plan.encoded, alive, summed.metrics, summed.ciphertexts, given.shared_input)
         if batch.kind is Kind.TRAIN:
             self._before, self.model = [self.model], total
         else:
             self.evaluation = total
         return self._reply(batch, len(collected.alive), channel)
 
-    def _recalled(self, batch: Batch) -> Collected | None:
+    def _recalled(self, batch: Batch, given: Given) -> Collected | None:
         """What devices revealed to this round's sum before the server was started again."""
         if self._masked is None:
             return None
-        return self._masked.recall(batch, self._content(batch), self._roster, self._encryption.key)
+        return self._masked.recall(batch, given, self._roster, self._encryption.key)
 
-    def _collected(self, batch: Batch, channel: Channel) -> Collected:
+    def _collected(self, batch: Batch, given: Given, channel: Channel) -> Collected:
         """A round with the devices that are there."""
         handshake = min(batch.timeout, HANDSHAKE_S)
         say_hello(channel, self._directory, self._roster.signed, batch.node_ids, handshake)
@@ -174,7 +173,7 @@ class HeGrid(ProtectedGrid):
             raise UsageError(f"{len(nodes)} devices in a round: the key has room for {most}; make one for more")
         plan = self._plan(batch)
         total = EncryptedTotal(plan, self._encryption.key, self._metrics.get(batch.kind))
-        asked = Asking(channel, plan, total, nodes, self._content(batch), batch.timeout)
+        asked = Asking(channel, plan, total, nodes, given, batch.timeout)
         try:
             collected = self._masked.collect(asked, batch, self._roster) if self._masked else collect(asked)
             self._require(len(collected.alive), f"of {len(nodes)} devices sent an encrypted update", channel)
@@ -186,11 +185,6 @@ class HeGrid(ProtectedGrid):
             if total.offered:
                 self._metrics[batch.kind] = Counter(total.offered).most_common(1)[0][0]
         return collected
-
-    def _shared_input(self, batch: Batch) -> bytes:
-        """Digest of what devices are given."""
-        content = self._content(batch)
-        return encrypted_input_of(content.records, content.broadcast, batch.messages[0].metadata.group_id)[1]
 
     def _step_back(self, kind: Kind, channel: Channel, asked: int) -> str:
         """Go back to the model before where so many devices refuse this one that no round can go on from it.

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
+from propolis.messages import encrypted_input_of
 from propolis.secure.errors import RefusedError
 from propolis.secure.he.messages import EncryptedPlan
 from propolis.secure.he.total import EncryptedTotal, Summed
 from propolis.secure.secagg.states import Exchange
 from propolis.server.channel import Channel, Content
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What devices are given in a round.
+
+    Attributes:
+        content: what the application tells them, with the encrypted model.
+        model: digest of the model, however it comes.
+        shared_input: digest of all of it.
+    """
+
+    content: Content
+    model: bytes
+    shared_input: bytes
+
+    @classmethod
+    def of(cls, content: Content, group_id: str) -> Self:
+        """With its digests, of messages in this group."""
+        return cls(content, *encrypted_input_of(content.records, content.broadcast, group_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +43,7 @@ class Asking:
         plan: of the attempt.
         total: what the devices' uploads are added to.
         nodes: their node ids, by index.
-        content: what the application tells them.
+        given: what the application tells them.
         timeout: seconds that they may train.
     """
 
@@ -29,7 +51,7 @@ class Asking:
     plan: EncryptedPlan
     total: EncryptedTotal
     nodes: Mapping[int, int]
-    content: Content
+    given: Given
     timeout: float
 
 
@@ -53,7 +75,7 @@ def collect(asked: Asking) -> Collected:
     channel, indices = asked.channel, {node_id: index for index, node_id in asked.nodes.items()}
     bodies = dict.fromkeys(indices, asked.plan.encoded)
     alive = []
-    for node_id, body in channel.ask(Exchange.ENCRYPT, bodies, asked.timeout, lambda _: asked.content):
+    for node_id, body in channel.ask(Exchange.ENCRYPT, bodies, asked.timeout, lambda _: asked.given.content):
         try:
             asked.total.add(body)
             alive.append(indices[node_id])

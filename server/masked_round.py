@@ -6,7 +6,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from propolis.messages import encrypted_input_of
 from propolis.secure.errors import PeerError, TooFewPeersError, UsageError
 from propolis.secure.graph import sharing
 from propolis.secure.he.keys import PublicKey
@@ -18,9 +17,8 @@ from propolis.secure.secagg.plan import Plan, Terms
 from propolis.secure.secagg.server import SecAggServer
 from propolis.server.batch import Batch
 from propolis.server.broadcaster import WholeModel
-from propolis.server.channel import Content
 from propolis.server.directory import Directory
-from propolis.server.he_round import Asking, Collected
+from propolis.server.he_round import Asking, Collected, Given
 from propolis.server.journal import Journal
 from propolis.server.protected_grid import HANDSHAKE_S
 from propolis.server.published_sums import PublishedSums
@@ -77,29 +75,28 @@ class MaskedRounds:
             UsageError: so many devices cannot be protected as it is asked.
         """
         self._masking.require_feasible(len(asked.nodes))
-        content, nodes = asked.content, dict(asked.nodes)
-        model, shared_input = encrypted_input_of(content.records, content.broadcast, _group_of(batch))
+        given, nodes = asked.given, dict(asked.nodes)
         terms = Terms(self._plan(asked.plan, nodes, roster).to_bytes())
         keys = {index: self._directory.spend(node_id) for index, node_id in nodes.items()}
         server = SecAggServer(terms, roster, keys, asked.total, metrics=())
         SecureRound(asked.channel, self._directory, server, nodes, self._min_clients).collect(
-            WholeModel(content),
+            WholeModel(given.content),
             Deadlines(min(asked.timeout, HANDSHAKE_S), asked.timeout),
-            lambda: self._published.require_apart(batch.kind, model, server.alive),
+            lambda: self._published.require_apart(batch.kind, given.model, server.alive),
         )
         if self._journal:
-            self._journal.keep(replace(batch, shared_input=shared_input), server)
+            self._journal.keep(replace(batch, shared_input=given.shared_input), server)
         with telling_a_sum(self._directory, asked.channel):
-            summed, _ = server.sum(shared_input)
-        self._published.remember(batch.kind, model, server.alive)
+            summed, _ = server.sum(given.shared_input)
+        self._published.remember(batch.kind, given.model, server.alive)
         return Collected(asked.plan, server.alive, summed)
 
-    def recall(self, batch: Batch, content: Content, roster: TrustedRoster, key: PublicKey) -> Collected | None:
+    def recall(self, batch: Batch, given: Given, roster: TrustedRoster, key: PublicKey) -> Collected | None:
         """The same from what this round's devices revealed before the server was started again, if they did.
 
         Args:
             batch: the strategy's messages.
-            content: what the application tells the devices.
+            given: what devices are given.
             roster: that the devices are in.
             key: of the federation, as it is now.
         """
@@ -111,14 +108,13 @@ class MaskedRounds:
         if recalled is None:
             return None
         before, server = recalled
-        model, shared_input = encrypted_input_of(content.records, content.broadcast, _group_of(batch))
-        if before.shared_input != shared_input:
+        if before.shared_input != given.shared_input:
             return None
         try:
             summed, _ = server.sum(before.shared_input)
         except (PeerError, TooFewPeersError):
             return None
-        self._published.remember(batch.kind, model, server.alive)
+        self._published.remember(batch.kind, given.model, server.alive)
         return Collected(EncryptedPlan.from_bytes(server.terms.plan.encrypted), server.alive, summed)
 
     def _plan(self, plan: EncryptedPlan, cohort: Collection[int], roster: TrustedRoster) -> Plan:
@@ -137,7 +133,3 @@ class MaskedRounds:
             dropped_ppm=round(self._masking.dropped * 1e6),
             encrypted=plan.encoded,
         )
-
-
-def _group_of(batch: Batch) -> str:
-    return batch.messages[0].metadata.group_id

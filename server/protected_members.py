@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from propolis.secure.errors import UsageError
+from propolis.secure.he.keys import PublicKey
 from propolis.server.app import Members
 from propolis.server.he_served import ServedKey, key_for, largest_round, require_room
 from propolis.server.membership import Membership
@@ -29,11 +30,18 @@ def members_of(settings: Settings, membership: Membership, he_key: ServedKey, jo
         return None
     if settings.max_weight is None:
         raise UsageError("max_weight: say the largest number of examples that a device may have; devices cut off more")
-    members = Members(membership.roster, settings.max_weight, settings.seed, newest=lambda: membership.roster)
-    if settings.is_encrypted:
-        newest_key = partial(key_for, he_key, settings)
-        key = newest_key()
-        require_room(key.parameters.clients, largest_round(settings, membership.roster.roster))
-        return replace(members, he_key=key, newest_key=newest_key, journal=journal)
     # Devices are told the codec's randomness anyway; from the seed, a run that crashed goes on as if it had not.
-    return replace(members, journal=journal)
+    seed = settings.seed
+    members = Members(membership.roster, settings.max_weight, seed, lambda: membership.roster, journal)
+    if not settings.is_encrypted:
+        return members
+    members, key = under_key(members, he_key, settings)
+    require_room(key.parameters.clients, largest_round(settings, membership.roster.roster))
+    return members
+
+
+def under_key(members: Members, he_key: ServedKey, settings: Settings) -> tuple[Members, PublicKey]:
+    """The members of an encrypted run, and the key that it begins under; raises UsageError as `key_for`."""
+    newest_key = partial(key_for, he_key, settings)
+    key = newest_key()
+    return replace(members, he_key=key, newest_key=newest_key), key

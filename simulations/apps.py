@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from propolis.client.train import LocalTrainer, derive_seed
 from propolis.client.update import SecureMod, StoreOf, secure_mod
 from propolis.secure.errors import UsageError
 from propolis.server.app import FederatedRun, Members
-from propolis.server.he_served import KEY_FOLDER, ServedKey, key_for
+from propolis.server.he_served import KEY_FOLDER, ServedKey
 from propolis.server.membership import Membership
+from propolis.server.protected_members import under_key
 from propolis.settings import Settings, load_settings
 from propolis.simulations.federation import SIMULATED, Federation, federation_of_run, parameters_of, simulated_mod
 from propolis.simulations.partition import Partition
@@ -154,8 +154,7 @@ def _members_in(folder: Path, settings: Settings, data: DataSet) -> Members:
     members = Members(roster, largest_device(settings, data, len(roster.roster.entries)))
     if not settings.is_encrypted:
         return members
-    newest_key = partial(key_for, ServedKey(folder / KEY_FOLDER, membership), settings)
-    return replace(members, he_key=newest_key(), newest_key=newest_key)
+    return under_key(members, ServedKey(folder / KEY_FOLDER, membership), settings)[0]
 
 
 client = make_client_app(_participant_of_run, [_mod_of_run])

@@ -70,3 +70,10 @@ class EncryptedSite(Site):
     def factor(self, index: int = 0) -> float:
         """That of the model that answers on a device."""
         return float(self.installed(index).choice.model.run(INPUTS)["output"][1, 1] / WEIGHTS[1, 1])
+
+
+def with_first_release(folder: Path, hive: tuple[EncryptedHive, list[bytes]]) -> EncryptedSite:
+    """A site in which device 0 has installed the model of the first round."""
+    made = EncryptedSite(folder, hive[0])
+    made.install(made.seal(1, under_key(hive[1][0])))
+    return made

@@ -182,7 +182,7 @@ class HeldKey:
             PeerError: with one code and one text, whatever is wrong with it.
         """
         try:
-            plan = EncryptedPlan.from_bytes(total.plan)
+            plan = total.made_by()
             sums = self._sums(plan, total, floor, watched)
             return plan, layout_of(plan, total.metrics, self.public.parameters).decode(sums, len(total.devices))
         except PeerError:

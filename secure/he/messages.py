@@ -92,14 +92,6 @@ class EncryptedPlan:
         return labels.digest(labels.HE_ROUND, self.encoded, shared_input, *(name.encode() for name in metrics))
 
     @classmethod
-    def key_in(cls, data: bytes) -> bytes:
-        """Id of the key of a plan in a sum, which is public; raises PeerError, with the code of sums, if it is none."""
-        try:
-            return cls.from_bytes(data).key_id
-        except PeerError:
-            raise refused() from None
-
-    @classmethod
     def from_bytes(cls, data: bytes) -> EncryptedPlan:
         """From a peer's bytes; raises PeerError when they are no plan, or its arrays are not possible."""
         plan = decode_exactly(cls, data, pb.EncryptedPlan)
@@ -152,6 +144,13 @@ class EncryptedSum:
     shared_input: bytes = sized(DIGEST_BYTES)
     frozen: bytes = sized(0, _LARGEST_SUM, default=b"")
     version: int = version_field()
+
+    def made_by(self) -> EncryptedPlan:
+        """The plan that it was made under; raises PeerError, with the code of sums, where that is none."""
+        try:
+            return EncryptedPlan.from_bytes(self.plan)
+        except PeerError:
+            raise refused() from None
 
     @property
     def devices(self) -> tuple[int, ...]:

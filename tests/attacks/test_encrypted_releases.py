@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encrypted_app import EncryptedHive, another_key, sum_of
-from encrypted_releases import EncryptedSite, linear, opening, trained, under_key
+from encrypted_releases import EncryptedSite, linear, opening, trained, under_key, with_first_release
 from releasing import key_for, manifest_of, rewritten
 from runnable import FLOAT, INPUTS, golden, release, scaled
 from secure_app import body_of
@@ -44,9 +44,7 @@ def hive() -> Hive:
 @pytest.fixture
 def site(tmp_path: Path, hive: Hive) -> EncryptedSite:
     """Every device has the model of the first round."""
-    made = EncryptedSite(tmp_path, hive[0])
-    made.install(made.seal(1, under_key(hive[1][0])))
-    return made
+    return with_first_release(tmp_path, hive)
 
 
 def uploads(hive: EncryptedHive) -> list[bytes]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from dying import die_at
 from encrypted_app import EncryptedHive
-from encrypted_releases import EncryptedSite, opening, trained, under_key
+from encrypted_releases import EncryptedSite, opening, trained, under_key, with_first_release
 from releasing import NOW, key_for
 from runnable import FLOAT, golden, scaled
 
@@ -44,9 +44,7 @@ def hive() -> Hive:
 
 @pytest.fixture
 def site(tmp_path: Path, hive: Hive) -> EncryptedSite:
-    made = EncryptedSite(tmp_path, hive[0])
-    made.install(made.seal(1, under_key(hive[1][0])))
-    return made
+    return with_first_release(tmp_path, hive)
 
 
 def work(task: str = "digits", data: str | None = None, **changes: object) -> Work:
