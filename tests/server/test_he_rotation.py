@@ -261,3 +261,14 @@ def test_a_device_keeps_the_old_key_until_it_has_trained_a_model_under_the_new_o
     sick.clear()
     hive.round(**{"server-round": 3})
     require_opened(hive.opened(), after(1, 4), range(4), 1e-3)
+
+
+def test_a_former_key_that_is_used_up_opens_no_model() -> None:
+    hive = EncryptedHive(4, attempts=1, policy=Policy(max_refused_sums=1, max_reveals_per_model=None))
+    hive.round()
+    old = key_id_of(hive)
+    rotated(hive)
+    for store in hive.stores:
+        store.change(lambda device: device.state.count_refused_sum(old))
+    with pytest.raises(TooFewPeersError, match="encrypt: he-key"):
+        hive.round()
