@@ -642,8 +642,8 @@ def test_a_key_that_comes_between_prepare_and_upload_ends_a_plain_round() -> Non
 
 
 def test_a_key_that_is_used_up_is_used_up_under_masks_too() -> None:
+    """Also for what is encrypted in a first round, of a model that is in clear."""
     hive = EncryptedHive(5, policy=Policy(max_refused_sums=1, max_reveals_per_model=None), attempts=1)
-    hive.round()
     for store in hive.stores:
         store.change(lambda device: device.state.count_refused_sum(hive.keys.public.key_id))
     with pytest.raises(TooFewPeersError, match="upload: he-key"):
