@@ -18,7 +18,7 @@ from flwr.app import Message, RecordDict
 
 from propolis.client.asking import Asking
 from propolis.client.fetch import Fetcher
-from propolis.client.he_folder import read_he_keys
+from propolis.client.he_folder import has_he_key
 from propolis.client.he_key import install_he_key, load_he_key
 from propolis.client.keyholder import Keyholder
 from propolis.client.seal import Seal
@@ -105,7 +105,7 @@ class KeyFetcher:
     def _key_id(self) -> bytes:
         """Of the key that the device has and may use; empty without one."""
         with suppress(PropolisError):
-            if not read_he_keys(self._folder, self._seal):
+            if not has_he_key(self._folder):
                 return b""
             key = load_he_key(self._folder, Keyholder.under(self._folder, self._seal), time.time(), self._seal)
             return b"" if key is None else key.public.key_id
